@@ -1,0 +1,7 @@
+"""`python -m kvell`."""
+
+import sys
+
+from kvell.cli import main
+
+sys.exit(main())

@@ -1,0 +1,212 @@
+"""The cache of a batch: for every sequence its length and its streams.
+
+Sequences stand alone. Each has its own length and its own buffers, so a batch may be as ragged as it likes, and
+forking, merging and saving are copies of rows.
+"""
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from kvell.cache.stream import Stream
+from kvell.errors import CacheError
+from kvell.layers.part import StreamSpec
+
+if TYPE_CHECKING:
+    from kvell.model import Decoder
+
+StreamKey = tuple[int, str]  # the layer's index and the stream's name
+StreamSpecs = Mapping[StreamKey, StreamSpec]
+
+
+def streams_nbytes(specs: StreamSpecs, length: int, rewindable: int, dtype: torch.dtype) -> int:
+    """Bytes one sequence of `length` tokens holds, of which the last `rewindable` can be taken back."""
+    return sum(spec.nbytes(length, rewindable, dtype) for spec in specs.values())
+
+
+@dataclasses.dataclass
+class SequenceState:
+    """What one sequence remembers. `rewindable` of its last tokens can be taken back exactly."""
+
+    length: int
+    rewindable: int
+    streams: dict[StreamKey, Stream]
+
+    def copy(self) -> "SequenceState":
+        streams = {key: stream.copy() for key, stream in self.streams.items()}
+        return SequenceState(self.length, self.rewindable, streams)
+
+
+class Cache:
+    """The streams of a batch of sequences.
+
+    `max_rewind` is how many of the newest tokens can always be taken back (fewer right after a rewind).
+    `max_length` reserves the memory for so many tokens a sequence exactly and refuses more; without it buffers grow,
+    with at most an eighth and one block of rows in reserve. `dtype` is the model's, `fingerprint` tells the model
+    apart from others when the cache is saved.
+    """
+
+    def __init__(
+        self,
+        specs: StreamSpecs,
+        batch_size: int = 1,
+        max_rewind: int = 0,
+        max_length: int | None = None,
+        *,
+        dtype: torch.dtype = torch.float32,
+        device: torch.device | str = "cpu",
+        fingerprint: str | None = None,
+    ) -> None:
+        if batch_size < 1:
+            raise CacheError(f"a cache holds at least one sequence, not {batch_size}")
+        if max_rewind < 0:
+            raise CacheError(f"max_rewind cannot be negative: {max_rewind}")
+        if max_length is not None and max_length < 1:
+            raise CacheError(f"max_length must be at least 1, not {max_length}")
+        self.specs, self.max_rewind, self.max_length = dict(specs), max_rewind, max_length
+        self.dtype, self.device = dtype, torch.device(device)
+        self.fingerprint = fingerprint
+        self.sequences = [self._new_sequence() for _ in range(batch_size)]
+        self._step_open = False
+
+    @property
+    def batch_size(self) -> int:
+        return len(self.sequences)
+
+    @property
+    def lengths(self) -> list[int]:
+        """Tokens held, per sequence."""
+        return [sequence.length for sequence in self.sequences]
+
+    @property
+    def rewindable(self) -> list[int]:
+        """How many of its newest tokens each sequence can take back."""
+        return [sequence.rewindable for sequence in self.sequences]
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the rows held."""
+        return sum(stream.nbytes for _, stream in self._all_streams())
+
+    @property
+    def allocated_nbytes(self) -> int:
+        """Bytes of the buffers that hold them."""
+        return sum(stream.allocated_nbytes for _, stream in self._all_streams())
+
+    def rewind(self, tokens: int | Sequence[int]) -> None:
+        """Forgets the last `tokens` of every sequence (or so many of each), as if they had never been seen.
+
+        CacheError if any sequence cannot: then none is changed.
+        """
+        self.check_whole()
+        amounts = [tokens] * self.batch_size if isinstance(tokens, int) else list(tokens)
+        if len(amounts) != self.batch_size:
+            raise CacheError(f"rewind got {len(amounts)} amounts for {self.batch_size} sequences")
+        for index, (amount, sequence) in enumerate(zip(amounts, self.sequences, strict=True)):
+            if amount < 0:
+                raise CacheError(f"cannot rewind by a negative number of tokens: {amount}")
+            if amount > sequence.length:
+                raise CacheError(f"cannot rewind sequence {index} by {amount}: it holds {sequence.length} tokens")
+            if amount > sequence.rewindable:
+                raise CacheError(
+                    f"cannot rewind sequence {index} by {amount}: {sequence.rewindable} tokens can be taken back now"
+                    f" (the cache was made with max_rewind={self.max_rewind})"
+                )
+        for amount, sequence in zip(amounts, self.sequences, strict=True):
+            sequence.length -= amount
+            sequence.rewindable -= amount
+            for stream in sequence.streams.values():
+                stream.truncate(stream.spec.rows(sequence.length, sequence.rewindable))
+
+    def fork(self) -> "Cache":
+        """An independent copy."""
+        return self.select(range(self.batch_size))
+
+    def select(self, indices: Sequence[int]) -> "Cache":
+        """An independent copy of these sequences, in this order; one may be named more than once."""
+        self.check_whole()
+        return self._with([self.sequences[index].copy() for index in indices])
+
+    @staticmethod
+    def merge(caches: Sequence["Cache"]) -> "Cache":
+        """One batch of all the caches' sequences, copied, whatever their lengths.
+
+        CacheError if they do not belong to one model or were made with different settings.
+        """
+        if not caches:
+            raise CacheError("merge needs at least one cache")
+        first = caches[0]
+        for other in caches:
+            other.check_whole()
+            for name in ("specs", "fingerprint", "dtype", "device", "max_rewind", "max_length"):
+                if getattr(other, name) != getattr(first, name):
+                    what = {"specs": "streams", "fingerprint": "model"}.get(name, name)
+                    raise CacheError(f"cannot merge caches whose {what} differs")
+        return first._with([sequence.copy() for cache in caches for sequence in cache.sequences])
+
+    def save(self, path: str | Path) -> None:
+        """Writes the rows held to one safetensors file. An existing file is replaced only once all is written."""
+        from kvell.cache.file import save
+
+        save(self, Path(path))
+
+    @staticmethod
+    def load(path: str | Path, model: "Decoder") -> "Cache":
+        """A saved cache, for the model that made it. CacheError if it is another model's or is damaged."""
+        from kvell.cache.file import load
+
+        return load(Path(path), model)
+
+    def begin_step(self, counts: Sequence[int]) -> None:
+        """A step of `counts[i]` new tokens for sequence i begins. CacheError if it does not fit; nothing changes."""
+        self.check_whole()
+        if len(counts) != self.batch_size:
+            raise CacheError(f"the step has {len(counts)} sequences, the cache {self.batch_size}")
+        if self.max_length is not None:
+            longest = max(sequence.length + n for sequence, n in zip(self.sequences, counts, strict=True))
+            if longest > self.max_length:
+                raise CacheError(f"the cache was made for max_length={self.max_length} tokens, not {longest}")
+        self._step_open = True
+
+    def append(self, index: int, key: StreamKey, rows: Tensor, count: int) -> Tensor:
+        """Adds sequence `index`'s rows (n, width) for this step's `count` tokens; returns all it may see."""
+        sequence = self.sequences[index]
+        stream = sequence.streams[key]
+        rewindable = min(self.max_rewind, sequence.rewindable + count)
+        return stream.append(rows, stream.spec.rows(sequence.length + count, rewindable))
+
+    def end_step(self, counts: Sequence[int]) -> None:
+        for sequence, count in zip(self.sequences, counts, strict=True):
+            sequence.length += count
+            sequence.rewindable = min(self.max_rewind, sequence.rewindable + count)
+        self._step_open = False
+
+    def check_whole(self) -> None:
+        """CacheError if a step was interrupted in its middle: some layers would know its tokens and others not."""
+        if self._step_open:
+            raise CacheError("a step with this cache was interrupted before its end; the cache cannot be used further")
+
+    def _all_streams(self) -> list[tuple[StreamKey, Stream]]:
+        return [item for sequence in self.sequences for item in sequence.streams.items()]
+
+    def _new_sequence(self) -> SequenceState:
+        streams = {
+            key: Stream.empty(spec, self.max_rewind, self.max_length, self.dtype, self.device)
+            for key, spec in self.specs.items()
+        }
+        return SequenceState(0, 0, streams)
+
+    def _with(self, sequences: list[SequenceState]) -> "Cache":
+        """A cache of the same settings with these sequences."""
+        if not sequences:
+            raise CacheError("a cache holds at least one sequence, not 0")
+        cache = object.__new__(Cache)
+        cache.__dict__.update(self.__dict__, sequences=sequences)
+        return cache
+
+    def __repr__(self) -> str:
+        return f"Cache(lengths={self.lengths}, nbytes={self.nbytes}, max_rewind={self.max_rewind})"

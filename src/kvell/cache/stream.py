@@ -1,0 +1,98 @@
+"""A stream: the rows of one kind that one sequence remembers, in one buffer.
+
+Appending writes behind the rows held and returns a view of all that may be seen, so no step copies the past. Only
+when the buffer is full are rows moved: a growing stream to a buffer an eighth larger, a windowed one to the front of
+its own, which also has an eighth to spare. An exactly reserved windowed stream has nothing to spare and joins its
+few rows to the new ones instead.
+"""
+
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from kvell.layers.part import StreamSpec
+
+# A buffer grows by whole blocks of rows.
+BLOCK_ROWS = 64
+
+
+@dataclass
+class Stream:
+    """Rows [start, start + count) of `buffer` (capacity, width) are held.
+
+    `reserved` is the number of tokens the buffer was made for, None if it grows.
+    """
+
+    spec: StreamSpec
+    reserved: int | None
+    buffer: Tensor
+    start: int = 0
+    count: int = 0
+
+    @classmethod
+    def empty(
+        cls, spec: StreamSpec, max_rewind: int, reserved: int | None, dtype: torch.dtype, device: torch.device
+    ) -> "Stream":
+        rows = 0 if reserved is None else spec.rows(reserved, max_rewind)
+        buffer = torch.empty(rows, spec.width, dtype=spec.dtype or dtype, device=device)
+        return cls(spec, reserved, buffer)
+
+    @property
+    def held(self) -> Tensor:
+        """The rows held, (count, width), as a view."""
+        return self.buffer[self.start : self.start + self.count]
+
+    @property
+    def nbytes(self) -> int:
+        return self.count * self.spec.width * self.buffer.dtype.itemsize
+
+    @property
+    def allocated_nbytes(self) -> int:
+        return self.buffer.nbytes
+
+    def append(self, rows: Tensor, keep: int) -> Tensor:
+        """Adds rows (n, width) and returns all that are visible in this step, (held + n, width).
+
+        Afterwards the last `keep` rows are held. What is returned is valid until the next change.
+        """
+        visible = self.count + len(rows)
+        if self.start + visible > len(self.buffer):
+            capacity = with_reserve(keep) if self.reserved is None else len(self.buffer)
+            if visible > capacity:
+                joined = torch.cat([self.held, rows])
+                self._move(joined[visible - keep :], capacity)
+                return joined
+            self._move(self.held, capacity)
+        self.buffer[self.start + self.count : self.start + visible] = rows
+        joined = self.buffer[self.start : self.start + visible]
+        self.start += visible - keep
+        self.count = keep
+        return joined
+
+    def truncate(self, count: int) -> None:
+        """Forgets all but the first `count` of the rows held, and gives back memory no longer needed."""
+        self.count = count
+        if self.reserved is None and len(self.buffer) > with_reserve(count):
+            self._move(self.held, with_reserve(count))
+
+    def copy(self) -> "Stream":
+        """A copy with a buffer of its own."""
+        twin = replace(self)
+        twin.fill(self.held)
+        return twin
+
+    def fill(self, rows: Tensor) -> None:
+        """Makes these the rows held, in place of any others."""
+        self._move(rows, len(rows) if self.reserved is None else len(self.buffer))
+
+    def _move(self, rows: Tensor, capacity: int) -> None:
+        """Puts rows at the front of a new buffer. Views of the old one stay valid for who still reads them."""
+        buffer = self.buffer.new_empty(capacity, self.spec.width)
+        buffer[: len(rows)] = rows
+        self.buffer, self.start, self.count = buffer, 0, len(rows)
+
+
+def with_reserve(rows: int) -> int:
+    """Rows a buffer gets that must hold `rows`: at most an eighth and one block more."""
+    return -(-(rows + rows // 8) // BLOCK_ROWS) * BLOCK_ROWS

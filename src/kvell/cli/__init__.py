@@ -1,0 +1,56 @@
+"""The command line: `kvell COMMAND ...`, one file per command.
+
+Commands import torch and the library when they run, not before, so that help comes at once.
+"""
+
+import io
+import sys
+import warnings
+from collections.abc import Sequence
+from typing import Annotated
+
+import typer
+
+from kvell.cli import console
+from kvell.cli.generate import generate
+from kvell.errors import KvellError
+
+application = typer.Typer(
+    add_completion=False, pretty_exceptions_enable=False, rich_markup_mode=None, invoke_without_command=True
+)
+application.command()(generate)
+
+
+@application.callback()
+def kvell(
+    context: typer.Context,
+    version: Annotated[bool, typer.Option("--version", help="Print Kvell's version.")] = False,
+) -> None:
+    """The LLM architectures that made long contexts cheap: exact, small, and free to combine."""
+    if version:
+        from importlib.metadata import version as version_of
+
+        print(f"kvell {version_of('kvell')}")
+        raise typer.Exit
+    if context.invoked_subcommand is None:
+        print(context.get_help())
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Runs one command and returns its exit code: 1 for wrong input, 2 for wrong usage, 130 when interrupted."""
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="replace")  # a terminal that lacks a character shows "?" in its place
+    with warnings.catch_warnings():
+        warnings.showwarning = console.show_warning
+        try:
+            code: int | None = application(arguments, standalone_mode=False, prog_name="kvell")
+            sys.stdout.flush()
+        except KvellError as error:
+            return console.fail(str(error), code=1)
+        except typer.TyperException as error:
+            return console.fail(error.format_message(), code=error.exit_code)
+        except BrokenPipeError:
+            return console.leave_broken_pipe()
+        except KeyboardInterrupt:
+            return 130
+    return code or 0

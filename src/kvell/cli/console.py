@@ -1,0 +1,56 @@
+"""What every command shows besides its result: errors, warnings, progress. All of it goes to stderr."""
+
+import os
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, TextIO
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+
+def stderr() -> "Console":
+    from rich.console import Console
+
+    return Console(stderr=True, highlight=False)
+
+
+def fail(message: str, code: int) -> int:
+    """Says in one line what was wrong, and returns the exit code."""
+    print(f"error: {_one_line(message)}", file=sys.stderr)
+    return code
+
+
+def show_warning(
+    message: Warning | str,
+    category: type[Warning],
+    filename: str,
+    lineno: int,
+    file: TextIO | None = None,
+    line: str | None = None,
+) -> None:
+    """Takes the place of `warnings.showwarning`: who runs a command has no use for a line of its source."""
+    print(f"warning: {_one_line(str(message))}", file=file or sys.stderr)
+
+
+def leave_broken_pipe() -> int:
+    """Ends quietly when the reader of stdout has gone (`kvell ... | head`), and returns the exit code."""
+    # The interpreter flushes stdout once more on its way out, which must not fail again.
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    return 1
+
+
+@contextmanager
+def progress(description: str, total: int) -> Iterator[Callable[[int], None]]:
+    """A bar on stderr, where that is a terminal, and the function that says how far the work has come."""
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    with Progress(*columns, console=stderr(), transient=True, disable=not sys.stderr.isatty()) as bar:
+        task = bar.add_task(description, total=total)
+        yield lambda completed: bar.update(task, completed=completed)
+
+
+def _one_line(message: str) -> str:
+    return " ".join(message.split())

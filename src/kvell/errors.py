@@ -1,0 +1,21 @@
+"""What Kvell raises when a user's input is wrong. The command line prints the message and exits with 1."""
+
+
+class KvellError(Exception):
+    """The base of every error meant for a user: one line that says what is wrong, where, and what would be right."""
+
+
+class ConfigError(KvellError):
+    """A model's description that cannot be built."""
+
+
+class CheckpointError(KvellError):
+    """A file of weights that is missing, damaged, or does not fit the model."""
+
+
+class CacheError(KvellError):
+    """A cache asked for what it does not hold."""
+
+
+class InputError(KvellError):
+    """Tokens, text or settings that a model cannot take."""

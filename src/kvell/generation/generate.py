@@ -1,0 +1,176 @@
+"""Continuing a prompt, token by token."""
+
+import warnings
+from collections.abc import Callable, Generator, Sequence
+from typing import Literal
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from kvell.errors import InputError
+from kvell.generation.interface import LanguageModel, LanguageModelConfig, SequenceCache
+from kvell.generation.sampling import Sampler, SamplingSettings
+from kvell.generation.text import Transcript
+from kvell.generation.tokenizer import Tokenizer
+
+FinishReason = Literal["eos", "stop", "length"]
+
+
+class Piece(int):
+    """A generated token's id, with the text it released.
+
+    `text` is empty while a character is unfinished or a stop string may have begun, and the next pieces bring it;
+    it is always empty without a tokenizer. `finish_reason` is None on all pieces but the last.
+    """
+
+    text: str
+    finish_reason: FinishReason | None
+
+    def __new__(cls, token_id: int, text: str = "", finish_reason: FinishReason | None = None) -> "Piece":
+        piece = super().__new__(cls, token_id)
+        piece.text = text
+        piece.finish_reason = finish_reason
+        return piece
+
+    def __repr__(self) -> str:
+        return f"Piece({int(self)}, text={self.text!r}, finish_reason={self.finish_reason!r})"
+
+
+def generate(
+    model: LanguageModel,
+    prompt_ids: Sequence[int] | Tensor,
+    max_new_tokens: int = 64,
+    temperature: float = 0.0,
+    top_k: int | None = None,
+    top_p: float | None = None,
+    min_p: float | None = None,
+    seed: int = 0,
+    stop: str | Sequence[str] = (),
+    tokenizer: Tokenizer | None = None,
+    cache: SequenceCache | None = None,
+    prefill_chunk: int = 2048,
+    on_prefill: Callable[[int], None] | None = None,
+) -> Generator[Piece, None, None]:
+    """Yields the tokens that follow a prompt (ids, or a tensor of them of shape (T,)) as they are chosen.
+
+    The text ends at one of the model's end tokens ("eos"), at a stop string, which is not shown ("stop"), or after
+    `max_new_tokens` ("length"). At temperature 0 the most probable token is taken, of equal ones the lowest id;
+    `kvell.generation.sampling` says what the other settings do.
+
+    With a `cache` the prompt continues what the cache holds. Afterwards the cache holds everything but the last
+    token yielded, which the model has not been given yet. The prompt is fed `prefill_chunk` tokens at a time, and
+    `on_prefill` is told after each how many have been fed.
+
+    Raises InputError at once for a prompt or setting the model cannot take, and warns where the text may grow past
+    the positions the model was made for.
+    """
+    stop = (stop,) if isinstance(stop, str) else tuple(stop)
+    settings = SamplingSettings(temperature, top_k, top_p, min_p, seed)
+    if max_new_tokens < 1:
+        raise InputError(f"max_new_tokens {max_new_tokens} is less than 1")
+    if prefill_chunk < 1:
+        raise InputError(f"prefill_chunk {prefill_chunk} is less than 1")
+    if stop and tokenizer is None:
+        raise InputError("stop strings need a tokenizer")
+    if "" in stop:
+        raise InputError("a stop string is empty: every text would stop at once")
+    prompt = _checked_prompt(prompt_ids, model.config.vocab_size)
+    if cache is None:
+        cache = model.make_cache()
+    if len(cache.lengths) != 1:
+        raise InputError(f"the cache holds {len(cache.lengths)} sequences, and generate continues one")
+    _warn_of_length(int(cache.lengths[0]) + len(prompt) + max_new_tokens, model.config)
+    return _pieces(
+        model,
+        cache,
+        prompt.split(prefill_chunk),
+        Sampler(settings),
+        None if tokenizer is None else Transcript(tokenizer, stop),
+        max_new_tokens,
+        on_prefill,
+    )
+
+
+def _checked_prompt(prompt_ids: Sequence[int] | Tensor, vocab_size: int) -> Int[Tensor, " T"]:
+    try:
+        prompt = torch.as_tensor(prompt_ids)
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise InputError(f"the prompt is not a sequence of token ids: {error}") from error
+    if prompt.numel() == 0:
+        raise InputError("the prompt is empty: a model continues at least one token")
+    if prompt.ndim != 1 or prompt.is_floating_point() or prompt.dtype == torch.bool:
+        raise InputError(f"the prompt is {prompt.dtype} of shape {tuple(prompt.shape)}, not one row of token ids")
+    outside = prompt[(prompt < 0) | (prompt >= vocab_size)]
+    if len(outside):
+        raise InputError(f"token id {int(outside[0])} is outside the vocabulary of {vocab_size}")
+    return prompt.long()
+
+
+def _warn_of_length(length: int, config: LanguageModelConfig) -> None:
+    if length > config.max_positions:
+        warnings.warn(
+            f"the text may reach {length} tokens and the model was made for {config.max_positions}: "
+            "it may lose the thread beyond them",
+            stacklevel=3,
+        )
+
+
+def _pieces(
+    model: LanguageModel,
+    cache: SequenceCache,
+    chunks: Sequence[Int[Tensor, " T"]],
+    sampler: Sampler,
+    transcript: Transcript | None,
+    max_new_tokens: int,
+    on_prefill: Callable[[int], None] | None,
+) -> Generator[Piece, None, None]:
+    logits = _prefill(model, cache, chunks, on_prefill)
+    for count in range(1, max_new_tokens + 1):
+        token = sampler(logits)
+        text, reason = "", _finish_reason(token, count, max_new_tokens, model.config)
+        if transcript is not None:
+            text, reason = _release(transcript, token, reason)
+        yield Piece(token, text, reason)
+        if reason is not None:
+            return
+        logits = _next_logits(model, cache, torch.tensor([token]))
+
+
+def _finish_reason(
+    token: int, count: int, max_new_tokens: int, config: LanguageModelConfig
+) -> FinishReason | None:
+    if token in config.eos_token_ids:
+        return "eos"
+    return "length" if count == max_new_tokens else None
+
+
+def _release(
+    transcript: Transcript, token: int, reason: FinishReason | None
+) -> tuple[str, FinishReason | None]:
+    """The text a token releases, and why the generation ends with it, knowing the text."""
+    if reason == "eos":
+        return transcript.flush(), reason
+    text = transcript.push(token)
+    if transcript.stopped:
+        return text, "stop"
+    return (text + transcript.flush() if reason else text), reason
+
+
+def _prefill(
+    model: LanguageModel,
+    cache: SequenceCache,
+    chunks: Sequence[Int[Tensor, " T"]],
+    on_prefill: Callable[[int], None] | None,
+) -> Float[Tensor, " V"]:
+    fed = 0
+    for chunk in chunks:
+        logits = _next_logits(model, cache, chunk)
+        fed += len(chunk)
+        if on_prefill is not None:
+            on_prefill(fed)
+    return logits
+
+
+def _next_logits(model: LanguageModel, cache: SequenceCache, tokens: Int[Tensor, " T"]) -> Float[Tensor, " V"]:
+    return model(tokens[None].to(model.device), cache=cache, last_only=True)[0, -1]

@@ -1,0 +1,62 @@
+"""Applying the chosen experts to their tokens.
+
+    y_t = sum_j weights[t, j] * down[e] (act(gate_e x_t) * up_e x_t),  e = chosen[t, j]
+"""
+
+from collections.abc import Callable
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+from torch.nn import functional as F
+
+from kvell.kernels.choice import reference_wanted
+
+
+def experts(
+    x: Float[Tensor, "T C"],
+    weights: Float[Tensor, "T k"],
+    chosen: Int[Tensor, "T k"],
+    gate_up: Float[Tensor, "E I2 C"],
+    down: Float[Tensor, "E C I"],
+    activation: Callable[[Tensor], Tensor],
+) -> Float[Tensor, "T C"]:
+    """The weighted sum of each token's chosen experts; `gate_up` stacks gate rows over up rows."""
+    run = experts_reference if reference_wanted() else experts_grouped
+    return run(x, weights, chosen, gate_up, down, activation)
+
+
+def experts_reference(
+    x: Float[Tensor, "T C"],
+    weights: Float[Tensor, "T k"],
+    chosen: Int[Tensor, "T k"],
+    gate_up: Float[Tensor, "E I2 C"],
+    down: Float[Tensor, "E C I"],
+    activation: Callable[[Tensor], Tensor],
+) -> Float[Tensor, "T C"]:
+    """Every expert runs on every token; a token's weight is zero for those it did not choose."""
+    dense = torch.zeros(x.shape[0], gate_up.shape[0], dtype=weights.dtype, device=x.device)
+    dense = dense.scatter(1, chosen, weights)
+    gate, up = torch.einsum("tc,eic->tei", x, gate_up).chunk(2, dim=-1)
+    return torch.einsum("tei,eci,te->tc", activation(gate) * up, down, dense)
+
+
+def experts_grouped(
+    x: Float[Tensor, "T C"],
+    weights: Float[Tensor, "T k"],
+    chosen: Int[Tensor, "T k"],
+    gate_up: Float[Tensor, "E I2 C"],
+    down: Float[Tensor, "E C I"],
+    activation: Callable[[Tensor], Tensor],
+) -> Float[Tensor, "T C"]:
+    """Sorts the (token, expert) pairs by expert once, then runs each used expert on its own tokens."""
+    order = chosen.flatten().argsort(stable=True)
+    token = order // chosen.shape[1]
+    counts = torch.bincount(chosen.flatten(), minlength=gate_up.shape[0]).tolist()
+    outputs = []
+    for expert, rows in enumerate(x[token].split(counts)):
+        if len(rows):
+            gate, up = F.linear(rows, gate_up[expert]).chunk(2, dim=-1)
+            outputs.append(F.linear(activation(gate) * up, down[expert]))
+    weighted = torch.cat(outputs) * weights.flatten()[order, None]
+    return torch.zeros_like(x).index_add(0, token, weighted)

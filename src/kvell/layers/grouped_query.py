@@ -1,0 +1,154 @@
+"""Grouped-query attention (GQA; Ainslie et al. 2023, arXiv 2305.13245) and what long-context models add to it.
+
+    q = rotate(norm(Wq x)), k = rotate(norm(Wk x)), v = norm(Wv x)
+    o_h = sum_s softmax_s(scale * q_h . k_s) v_s        over the s that h's token may see
+    y = Wo (o * gate(x))
+
+Query head h reads KV head h // (heads / KV heads). Each layer has its own number of query heads (layer-wise
+attention budgeting, Laguna XS.2), its own head width (Gemma 4) and its own sliding window. A layer with `kv_source`
+has no keys and values at all: it reads those that the source layer made in this step (cross-layer KV sharing;
+Brandon et al. 2024, arXiv 2405.12981; Gemma 4).
+
+What people get wrong: a shared layer must see the keys of the whole step, not what its source's sliding window
+still holds afterwards; and it writes nothing to the cache.
+"""
+
+from typing import TYPE_CHECKING, Annotated, Literal, NamedTuple, Self
+
+from jaxtyping import Float
+from pydantic import Field, NonNegativeInt, PositiveFloat, PositiveInt, model_validator
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from kvell.kernels.attention import attention
+from kvell.layers.norms import RMSNorm
+from kvell.layers.part import Part, Site, StreamSpec
+from kvell.layers.rotary import Rotary
+
+if TYPE_CHECKING:
+    from kvell.step import Step
+
+
+class GroupedQuery(Part):
+    """A grouped-query attention layer.
+
+    `sliding_window` counts the token itself: a token sees itself and window - 1 before it; None sees everything.
+    `value_from_key` makes the values of the raw key projection, before its norm and rotation (Gemma 4's k_eq_v).
+    `output_gate` multiplies softplus(Wg x), one value per head or per element, onto the output (Laguna).
+    `scale` multiplies the scores; None is head_dim ** -0.5.
+    """
+
+    kind: Literal["grouped_query"] = "grouped_query"
+    num_heads: PositiveInt
+    num_kv_heads: PositiveInt
+    head_dim: Annotated[int, Field(gt=0, multiple_of=2)]
+    sliding_window: PositiveInt | None = None
+    rotary: Rotary | None
+    kv_source: NonNegativeInt | None = None
+    query_norm: bool = True
+    key_norm: bool = True
+    value_norm: bool = False
+    value_from_key: bool = False
+    output_gate: Literal["per_head", "per_element"] | None = None
+    bias: bool = False
+    scale: PositiveFloat | None = None
+
+    @model_validator(mode="after")
+    def _heads_divide(self) -> Self:
+        if self.num_heads % self.num_kv_heads:
+            raise ValueError(f"num_heads {self.num_heads} is not a multiple of num_kv_heads {self.num_kv_heads}")
+        return self
+
+    def build(self, site: Site) -> "GroupedQueryAttention":
+        return GroupedQueryAttention(self, site)
+
+    def streams(self) -> tuple[StreamSpec, ...]:
+        """What a sequence must remember for this layer: nothing where it reads another layer's."""
+        if self.kv_source is not None:
+            return ()
+        width = self.num_kv_heads * self.head_dim
+        past = None if self.sliding_window is None else self.sliding_window - 1
+        return StreamSpec("key", width, past), StreamSpec("value", width, past)
+
+    def check_source(self, source: "GroupedQuery") -> str | None:
+        """Why this layer cannot read `source`'s keys and values, or None where it can."""
+        if source.kv_source is not None:
+            return f"which has no keys of its own (it reads layer {source.kv_source})"
+        for field in ("num_kv_heads", "head_dim", "rotary"):
+            mine, theirs = getattr(self, field), getattr(source, field)
+            if mine != theirs:
+                return f"whose {field} differs: {theirs}, not {mine}"
+        if source.sliding_window is not None and (self.sliding_window or float("inf")) > source.sliding_window:
+            return f"whose window of {source.sliding_window} is shorter than this layer's {self.sliding_window}"
+        return None
+
+    def describe(self) -> str:
+        return "grouped query"
+
+
+class KeyValues(NamedTuple):
+    """The keys and values each sequence may see, past and present: a list of (S, K, D), one per sequence."""
+
+    keys: list[Tensor]
+    values: list[Tensor]
+
+
+class GroupedQueryAttention(nn.Module):
+    def __init__(self, config: GroupedQuery, site: Site) -> None:
+        super().__init__()
+        self.config = config
+        self.index = site.index
+        hidden, heads, width = site.hidden_size, config.num_heads, config.head_dim
+        self.scale = config.scale or width**-0.5
+        self.q_proj = nn.Linear(hidden, heads * width, bias=config.bias)
+        self.q_norm = RMSNorm(width, site.norm_eps) if config.query_norm else None
+        if config.kv_source is None:
+            self.k_proj = nn.Linear(hidden, config.num_kv_heads * width, bias=config.bias)
+            self.k_norm = RMSNorm(width, site.norm_eps) if config.key_norm else None
+            if not config.value_from_key:
+                self.v_proj = nn.Linear(hidden, config.num_kv_heads * width, bias=config.bias)
+            self.v_norm = RMSNorm(width, site.norm_eps, weighted=False) if config.value_norm else None
+        if config.output_gate is not None:
+            gates = heads if config.output_gate == "per_head" else heads * width
+            self.g_proj = nn.Linear(hidden, gates, bias=False)
+        self.o_proj = nn.Linear(heads * width, hidden, bias=config.bias)
+
+    def forward(
+        self, x: Float[Tensor, "T C"], step: "Step", wanted: "Step | None" = None
+    ) -> Float[Tensor, "W C"]:
+        """`wanted` narrows the queries to some of the step's tokens: W = T without it."""
+        if self.config.kv_source is None:
+            step.made[self.index] = seen = self._make(x, step)
+        else:
+            seen = step.made[self.config.kv_source]
+        if wanted is not None:
+            x, step = wanted.select(x), wanted
+        query = self._heads(self.q_proj(x), self.q_norm)
+        if self.config.rotary is not None:
+            query = step.rotary(self.config.rotary, self.config.head_dim, x.dtype).rotate(query)
+        y = attention(
+            query, seen.keys, seen.values, step.counts, scale=self.scale, window=self.config.sliding_window
+        )
+        return self.o_proj(self._gate(x, y).flatten(1))
+
+    def _make(self, x: Float[Tensor, "T C"], step: "Step") -> KeyValues:
+        """This step's keys and values, joined to those its sequences remember."""
+        raw = self.k_proj(x)
+        value = self._heads(raw if self.config.value_from_key else self.v_proj(x), self.v_norm)
+        key = self._heads(raw, self.k_norm)
+        if self.config.rotary is not None:
+            key = step.rotary(self.config.rotary, self.config.head_dim, x.dtype).rotate(key)
+        heads = (self.config.num_kv_heads, self.config.head_dim)
+        keys = step.append(self.index, "key", key.flatten(1))
+        values = step.append(self.index, "value", value.flatten(1))
+        return KeyValues([rows.unflatten(1, heads) for rows in keys], [rows.unflatten(1, heads) for rows in values])
+
+    def _heads(self, x: Float[Tensor, "T HD"], norm: RMSNorm | None) -> Float[Tensor, "T H D"]:
+        heads = x.unflatten(-1, (-1, self.config.head_dim))
+        return heads if norm is None else norm(heads)
+
+    def _gate(self, x: Float[Tensor, "T C"], y: Float[Tensor, "T H D"]) -> Float[Tensor, "T H D"]:
+        if self.config.output_gate is None:
+            return y
+        gate = F.softplus(self.g_proj(x).float()).to(y.dtype)
+        return y * gate.view(y.shape if self.config.output_gate == "per_element" else (*y.shape[:2], 1))

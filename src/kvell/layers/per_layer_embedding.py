@@ -1,0 +1,95 @@
+"""Per-layer embeddings (PLE; Gemma 3n and Gemma 4): every layer gets a small vector of its own for every token.
+
+Once per step, for all L layers at once, with width P and the scaled token embeddings e:
+
+    token   = table[id] * sqrt(P)                         (T, L, P), rows of a table that need not be in memory
+    context = RMSNorm_P(Wm e * hidden_size^-0.5)          (T, L, P)
+    inputs  = (context + token) / sqrt(2)
+
+and in each layer, after its feed-forward:
+
+    h += norm(Wp (gelu_tanh(Wg h) * inputs[layer]))
+
+The table is most of a small model's parameters and only the rows of used tokens are read, so it may stay
+memory-mapped on disk or off the accelerator. What people get wrong: dropping one of the three scales.
+"""
+
+from typing import Annotated, Literal
+
+import torch
+from jaxtyping import Float, Int
+from pydantic import Field
+from torch import Tensor, nn
+
+from kvell.layers.feed_forward import ACTIVATIONS, ActivationName
+from kvell.layers.norms import RMSNorm
+from kvell.layers.part import Part, Site
+
+
+class PerLayerEmbedding(Part):
+    """`width` channels for every layer and token."""
+
+    kind: Literal["per_layer_embedding"] = "per_layer_embedding"
+    width: Annotated[int, Field(gt=0)]
+    activation: ActivationName = "gelu_tanh"
+
+    def build_inputs(self, site: Site) -> "PerLayerInputs":
+        return PerLayerInputs(self, site)
+
+    def build(self, site: Site) -> "PerLayerInjection":
+        return PerLayerInjection(self, site)
+
+
+class MappedTable(nn.Module):
+    """An embedding table kept outside the parameters, on the CPU, usually a view of a file on disk.
+
+    It stays where and as it is when the model moves or changes its dtype; looked-up rows are converted.
+    """
+
+    def __init__(self, table: Tensor) -> None:
+        super().__init__()
+        self.table = table  # a plain attribute: neither parameter nor buffer, so that .to() leaves it alone
+
+    def forward(self, tokens: Int[Tensor, " T"], like: Tensor) -> Float[Tensor, "T width"]:
+        rows = nn.functional.embedding(tokens.to(self.table.device), self.table)
+        return rows.to(device=like.device, dtype=like.dtype)
+
+    def extra_repr(self) -> str:
+        return f"{tuple(self.table.shape)}, {self.table.dtype}"
+
+
+class PerLayerInputs(nn.Module):
+    """Prepares the per-layer inputs of a step."""
+
+    def __init__(self, config: PerLayerEmbedding, site: Site) -> None:
+        super().__init__()
+        self.width, self.num_layers = config.width, site.num_layers
+        channels = site.num_layers * config.width
+        self.table: nn.Embedding | MappedTable = nn.Embedding(site.vocab_size, channels)
+        self.projection = nn.Linear(site.hidden_size, channels, bias=False)
+        self.projection_scale = site.hidden_size**-0.5
+        self.norm = RMSNorm(config.width, site.norm_eps)
+
+    def forward(self, tokens: Int[Tensor, " T"], embedded: Float[Tensor, "T C"]) -> Float[Tensor, "T L P"]:
+        shape = (-1, self.num_layers, self.width)
+        if isinstance(self.table, MappedTable):
+            rows = self.table(tokens, embedded)
+        else:
+            rows = self.table(tokens)
+        token = rows.view(shape) * torch.tensor(self.width**0.5).to(rows.dtype).item()
+        context = self.norm((self.projection(embedded) * self.projection_scale).view(shape))
+        return (context + token) * 2**-0.5
+
+
+class PerLayerInjection(nn.Module):
+    """Adds one layer's share to the residual."""
+
+    def __init__(self, config: PerLayerEmbedding, site: Site) -> None:
+        super().__init__()
+        self.activation = ACTIVATIONS[config.activation]
+        self.gate_proj = nn.Linear(site.hidden_size, config.width, bias=False)
+        self.projection = nn.Linear(config.width, site.hidden_size, bias=False)
+        self.norm = RMSNorm(site.hidden_size, site.norm_eps)
+
+    def forward(self, h: Float[Tensor, "T C"], inputs: Float[Tensor, "T P"]) -> Float[Tensor, "T C"]:
+        return h + self.norm(self.projection(self.activation(self.gate_proj(h)) * inputs))

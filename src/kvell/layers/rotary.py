@@ -1,0 +1,136 @@
+"""Rotary position embedding (RoPE; Su et al. 2021, arXiv 2104.09864) and the variants that long contexts use.
+
+A pair of channels (a, b) of a head at position p is turned by the angle p * f, f the pair's inverse frequency:
+
+    a' = a * cos(p f) - b * sin(p f)
+    b' = b * cos(p f) + a * sin(p f)
+
+The pairs are (i, i + n), n the number of pairs. What differs is which channels turn and how fast:
+
+    default        the first `fraction` of the head turns; f_i = theta^(-2i / rotary width)
+    proportional   pairs span the whole head, (i, i + head_dim / 2), and only the first `fraction` of them turn;
+                   f_i = theta^(-2i / head_dim): the denominator is the FULL head (Gemma 4's full layers)
+    yarn           default, with slow pairs interpolated by `factor`, fast pairs left alone, and a ramp between
+                   (Peng et al. 2023, arXiv 2309.00071, section 3.2 and 3.4)
+
+What people get wrong: mixing up the denominators of default and proportional, and YaRN's attention factor. It is
+the final scale on cos and sin, applied once; released configs state it, and the paper's value is only a default.
+"""
+
+import math
+from typing import Annotated, Literal, NamedTuple
+
+import torch
+from jaxtyping import Float, Int
+from pydantic import Field, PositiveFloat, PositiveInt
+from torch import Tensor
+
+from kvell.layers.part import Part
+
+Fraction = Annotated[float, Field(gt=0, le=1)]
+
+
+class DefaultRotary(Part):
+    """Turns the first `fraction` of each head's channels."""
+
+    kind: Literal["default"] = "default"
+    theta: PositiveFloat
+    fraction: Fraction = 1.0
+
+    def rotary_width(self, head_dim: int) -> int:
+        """Channels of a head that take part."""
+        return int(head_dim * self.fraction)
+
+    def inverse_frequencies(self, head_dim: int) -> Float[Tensor, " pairs"]:
+        width = self.rotary_width(head_dim)
+        return self.theta ** -(torch.arange(0, width, 2, dtype=torch.int64).float() / width)
+
+    def scale(self) -> float:
+        """The factor on cos and sin."""
+        return 1.0
+
+
+class ProportionalRotary(Part):
+    """Pairs span the whole head; the first `fraction` of them turn, at the frequencies of the full width."""
+
+    kind: Literal["proportional"] = "proportional"
+    theta: PositiveFloat
+    fraction: Fraction = 1.0
+
+    def rotary_width(self, head_dim: int) -> int:
+        return head_dim
+
+    def inverse_frequencies(self, head_dim: int) -> Float[Tensor, " pairs"]:
+        turning = int(self.fraction * head_dim // 2)
+        exponents = torch.arange(0, 2 * turning, 2, dtype=torch.int64).float() / head_dim
+        return torch.cat([self.theta**-exponents, torch.zeros(head_dim // 2 - turning)])
+
+    def scale(self) -> float:
+        return 1.0
+
+
+class YarnRotary(Part):
+    """YaRN: pairs that turn less than `beta_slow` times in `original_positions` are slowed down by `factor`,
+    pairs that turn more than `beta_fast` times are left, those between are blended linearly.
+    """
+
+    kind: Literal["yarn"] = "yarn"
+    theta: PositiveFloat
+    fraction: Fraction = 1.0
+    factor: Annotated[float, Field(ge=1)]
+    original_positions: PositiveInt
+    beta_fast: PositiveFloat = 32.0
+    beta_slow: PositiveFloat = 1.0
+    attention_factor: PositiveFloat | None = None
+
+    def rotary_width(self, head_dim: int) -> int:
+        return int(head_dim * self.fraction)
+
+    def inverse_frequencies(self, head_dim: int) -> Float[Tensor, " pairs"]:
+        width = self.rotary_width(head_dim)
+        fast = self.theta ** (torch.arange(0, width, 2).float() / width)
+        first = max(math.floor(self._pair_of(self.beta_fast, width)), 0)
+        last = min(math.ceil(self._pair_of(self.beta_slow, width)), width - 1)
+        ramp = (torch.arange(width // 2).float() - first) / max(last - first, 0.001)
+        keep = 1 - ramp.clamp(0, 1)
+        return (1.0 / (self.factor * fast)) * (1 - keep) + (1.0 / fast) * keep
+
+    def scale(self) -> float:
+        if self.attention_factor is not None:
+            return self.attention_factor
+        return 0.1 * math.log(self.factor) + 1.0
+
+    def _pair_of(self, turns: float, width: int) -> float:
+        """The (fractional) pair that turns `turns` times in the original positions."""
+        return width * math.log(self.original_positions / (turns * 2 * math.pi)) / (2 * math.log(self.theta))
+
+
+Rotary = Annotated[DefaultRotary | ProportionalRotary | YarnRotary, Field(discriminator="kind")]
+
+
+class RotaryTable(NamedTuple):
+    """cos and sin of every token's angle in every pair, (T, pairs)."""
+
+    cos: Float[Tensor, "T pairs"]
+    sin: Float[Tensor, "T pairs"]
+
+    def rotate(self, x: Float[Tensor, "T heads D"]) -> Float[Tensor, "T heads D"]:
+        """Turns the first 2 x pairs channels of every head; the rest pass through."""
+        pairs = self.cos.shape[-1]
+        cos, sin = self.cos[:, None], self.sin[:, None]
+        a, b, rest = x[..., :pairs], x[..., pairs : 2 * pairs], x[..., 2 * pairs :]
+        turned = [a * cos - b * sin, b * cos + a * sin]
+        return torch.cat([*turned, rest] if rest.shape[-1] else turned, dim=-1)
+
+
+def rotary_table(
+    rotary: DefaultRotary | ProportionalRotary | YarnRotary,
+    head_dim: int,
+    positions: Int[Tensor, " T"],
+    dtype: torch.dtype,
+) -> RotaryTable:
+    """The table for tokens at these positions; angles in fp32 whatever `dtype` the table has."""
+    frequencies = rotary.inverse_frequencies(head_dim).to(positions.device)
+    angles = positions[:, None].float() * frequencies
+    scale = rotary.scale()
+    return RotaryTable((angles.cos() * scale).to(dtype), (angles.sin() * scale).to(dtype))

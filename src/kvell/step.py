@@ -1,0 +1,75 @@
+"""What the layers of one forward step share.
+
+T tokens of the step: those of all its sequences, laid end to end, with nothing between them. A batch of equal
+prompts, a ragged batch and packed documents are all the same thing here: a list of counts.
+"""
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from jaxtyping import Int, Shaped
+from torch import Tensor
+
+from kvell.cache import Cache
+from kvell.layers.rotary import DefaultRotary, ProportionalRotary, RotaryTable, YarnRotary, rotary_table
+
+
+@dataclass
+class Step:
+    """One step: `counts[b]` new tokens of sequence b, whose first stands at position `starts[b]`.
+
+    `made` is what earlier layers of this step leave for later ones, by the index of the layer that made it: the keys
+    and values that sharing layers read. It holds this step's tensors themselves, so sharing works without a cache,
+    and gradients flow through it.
+    """
+
+    tokens: Int[Tensor, " T"]
+    counts: list[int]
+    positions: Int[Tensor, " T"]
+    cache: Cache | None = None
+    made: dict[int, Any] = field(default_factory=dict)
+    _rows: Int[Tensor, " W"] | None = None
+    _tables: dict[Any, RotaryTable] = field(default_factory=dict)
+
+    @classmethod
+    def of(cls, tokens: Int[Tensor, " T"], counts: list[int], cache: Cache | None = None) -> "Step":
+        """A step that continues each sequence where its cache stands, or at 0 without one."""
+        starts = [0] * len(counts) if cache is None else cache.lengths
+        positions = [
+            torch.arange(start, start + n, device=tokens.device) for start, n in zip(starts, counts, strict=True)
+        ]
+        return cls(tokens, counts, torch.cat(positions), cache)
+
+    def append(self, layer: int, name: str, rows: Shaped[Tensor, "T width"]) -> list[Shaped[Tensor, "_ width"]]:
+        """Gives each sequence its new rows of a layer's stream, and returns all the rows each may see.
+
+        Without a cache the present passes through.
+        """
+        pieces = list(rows.split(self.counts))
+        if self.cache is None:
+            return pieces
+        return [
+            self.cache.append(index, (layer, name), piece, count)
+            for index, (piece, count) in enumerate(zip(pieces, self.counts, strict=True))
+        ]
+
+    def rotary(
+        self, rotary: DefaultRotary | ProportionalRotary | YarnRotary, head_dim: int, dtype: torch.dtype
+    ) -> RotaryTable:
+        """cos and sin for this step's tokens, computed once for all layers that turn alike."""
+        key = (rotary, head_dim, dtype)
+        if key not in self._tables:
+            self._tables[key] = rotary_table(rotary, head_dim, self.positions, dtype)
+        return self._tables[key]
+
+    def last(self) -> "Step":
+        """The same step narrowed to the last token of each sequence; it shares what was made, and appends nothing."""
+        ends = torch.tensor(self.counts, device=self.tokens.device).cumsum(0) - 1
+        return Step(
+            self.tokens[ends], [1] * len(self.counts), self.positions[ends], self.cache, self.made, _rows=ends
+        )
+
+    def select(self, x: Shaped[Tensor, "T *rest"]) -> Shaped[Tensor, "W *rest"]:
+        """The rows of the whole step's x that a narrowed step is about."""
+        return x if self._rows is None else x[self._rows]
