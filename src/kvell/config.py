@@ -11,9 +11,10 @@ from typing import Any, Literal, Self
 
 from pydantic import NonNegativeInt, PositiveFloat, PositiveInt, ValidationError, model_validator
 
+from kvell.cache import StreamSpec
 from kvell.errors import ConfigError
 from kvell.layers import Attention, Connection, FeedForward
-from kvell.layers.part import Part, Site, StreamSpec
+from kvell.layers.part import Part, Site
 from kvell.layers.per_layer_embedding import PerLayerEmbedding
 from kvell.layers.residual import PlainResidual
 

@@ -10,7 +10,7 @@ class ConfigError(KvellError):
 
 
 class CheckpointError(KvellError):
-    """A file of weights that is missing, damaged, or does not fit the model."""
+    """A file that is missing or damaged, does not fit the model, or could not be written."""
 
 
 class CacheError(KvellError):

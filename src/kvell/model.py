@@ -95,15 +95,17 @@ class Decoder(nn.Module):
         )
 
     def named_tensors(self) -> Iterator[tuple[str, Tensor]]:
-        """Every weight by name, a memory-mapped table among them."""
+        """Everything that a checkpoint stores, by name: parameters, buffers, and memory-mapped tables."""
         yield from self.named_parameters()
+        yield from self.named_buffers()
         for name, module in self.named_modules():
             if isinstance(module, MappedTable):
                 yield f"{name}.weight", module.table
 
     def num_parameters(self) -> int:
         """Numbers learnt, memory-mapped tables included; tied weights count once."""
-        return sum(tensor.numel() for _, tensor in self.named_tensors())
+        buffers = dict(self.named_buffers())
+        return sum(tensor.numel() for name, tensor in self.named_tensors() if name not in buffers)
 
     def fingerprint(self) -> str:
         """Tells this model's weights from another's, by its config and a few values of every tensor."""
@@ -200,7 +202,8 @@ class Layer(nn.Module):
         self.feed_forward_frame = Frame(config, site, layer.feed_forward_norm)
         ple = config.per_layer_embedding
         self.per_layer_embedding = ple.build(site) if ple else None
-        self.layer_scalar = nn.Parameter(torch.ones(1), requires_grad=False) if layer.layer_scalar else None
+        # Stored with the weights but not learnt, as Gemma 4's released models have it.
+        self.register_buffer("layer_scalar", torch.ones(1) if layer.layer_scalar else None)
 
     def forward(
         self, h: Float[Tensor, "T *C"], step: Step, inputs: Float[Tensor, "T P"] | None, wanted: Step | None

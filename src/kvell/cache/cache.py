@@ -12,9 +12,8 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from kvell.cache.stream import Stream
+from kvell.cache.stream import Stream, StreamSpec
 from kvell.errors import CacheError
-from kvell.layers.part import StreamSpec
 
 if TYPE_CHECKING:
     from kvell.model import Decoder

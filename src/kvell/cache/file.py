@@ -8,7 +8,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 
 from kvell.cache.cache import Cache
-from kvell.checkpoint.writing import write_safetensors
+from kvell.files import write_safetensors
 from kvell.errors import CacheError
 
 if TYPE_CHECKING:

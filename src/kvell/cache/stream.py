@@ -11,10 +11,34 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from kvell.layers.part import StreamSpec
-
 # A buffer grows by whole blocks of rows.
 BLOCK_ROWS = 64
+
+
+@dataclass(frozen=True)
+class StreamSpec:
+    """One kind of row that outlives a step: `width` values for every `stride` tokens of a sequence.
+
+    `past` is how many rows the next step looks back on: None for all of them, window - 1 for a sliding
+    window. Rewinding by r tokens needs r rows more. `dtype` None means the model's own.
+    """
+
+    name: str
+    width: int
+    past: int | None = None
+    stride: int = 1
+    dtype: torch.dtype | None = None
+
+    def rows(self, length: int, rewindable: int = 0) -> int:
+        """Rows held for a sequence of `length` tokens of which the last `rewindable` can be taken back."""
+        total = length // self.stride
+        if self.past is None:
+            return total
+        return min(total, self.past + -(-rewindable // self.stride))
+
+    def nbytes(self, length: int, rewindable: int, dtype: torch.dtype) -> int:
+        """Bytes of those rows, `dtype` being the model's."""
+        return self.rows(length, rewindable) * self.width * (self.dtype or dtype).itemsize
 
 
 @dataclass

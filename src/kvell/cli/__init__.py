@@ -11,6 +11,7 @@ from typing import Annotated
 
 import typer
 
+from kvell import __version__
 from kvell.cli import console
 from kvell.cli.generate import generate
 from kvell.errors import KvellError
@@ -28,16 +29,14 @@ def kvell(
 ) -> None:
     """The LLM architectures that made long contexts cheap: exact, small, and free to combine."""
     if version:
-        from importlib.metadata import version as version_of
-
-        print(f"kvell {version_of('kvell')}")
+        print(f"kvell {__version__}")
         raise typer.Exit
     if context.invoked_subcommand is None:
         print(context.get_help())
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Runs one command and returns its exit code: 1 for wrong input, 2 for wrong usage, 130 when interrupted."""
+    """Runs one command and returns its exit code: 1 for wrong input, 2 for wrong usage, 130 on Ctrl-C."""
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="replace")  # a terminal that lacks a character shows "?" in its place
     with warnings.catch_warnings():

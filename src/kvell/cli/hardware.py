@@ -27,8 +27,9 @@ def parse_device(name: str) -> "torch.device":
     import torch
 
     available = ["cpu"]
-    if torch.accelerator.is_available():
-        kind = torch.accelerator.current_accelerator().type
+    accelerator = torch.accelerator.current_accelerator(check_available=True)
+    if accelerator is not None:
+        kind = accelerator.type
         available += [kind, *(f"{kind}:{index}" for index in range(torch.accelerator.device_count()))]
     if name not in available:
         raise InputError(f"device {name} is not to be had here: use one of {', '.join(available)}")

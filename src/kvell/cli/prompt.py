@@ -30,6 +30,5 @@ def _decode(content: bytes, source: str) -> str:
     try:
         return content.decode("utf-8")
     except UnicodeDecodeError as error:
-        raise InputError(
-            f"{source} is not UTF-8: byte 0x{content[error.start]:02x} at offset {error.start} ({error.reason})"
-        ) from error
+        byte = f"byte 0x{content[error.start]:02x} at offset {error.start}"
+        raise InputError(f"{source} is not UTF-8: {byte} ({error.reason})") from error

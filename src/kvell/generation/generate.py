@@ -20,8 +20,8 @@ FinishReason = Literal["eos", "stop", "length"]
 class Piece(int):
     """A generated token's id, with the text it released.
 
-    `text` is empty while a character is unfinished or a stop string may have begun, and the next pieces bring it;
-    it is always empty without a tokenizer. `finish_reason` is None on all pieces but the last.
+    `text` is empty while a character is unfinished or a stop string may have begun, and later pieces bring it.
+    It is always empty without a tokenizer. `finish_reason` is None on all pieces but the last.
     """
 
     text: str
@@ -54,16 +54,16 @@ def generate(
 ) -> Generator[Piece, None, None]:
     """Yields the tokens that follow a prompt (ids, or a tensor of them of shape (T,)) as they are chosen.
 
-    The text ends at one of the model's end tokens ("eos"), at a stop string, which is not shown ("stop"), or after
-    `max_new_tokens` ("length"). At temperature 0 the most probable token is taken, of equal ones the lowest id;
-    `kvell.generation.sampling` says what the other settings do.
+    The text ends at one of the model's end tokens ("eos"), at a stop string, which is not shown ("stop"), or
+    after `max_new_tokens` ("length"). At temperature 0 the most probable token is taken, of equal ones the
+    lowest id; `kvell.generation.sampling` says what the other settings do.
 
-    With a `cache` the prompt continues what the cache holds. Afterwards the cache holds everything but the last
-    token yielded, which the model has not been given yet. The prompt is fed `prefill_chunk` tokens at a time, and
-    `on_prefill` is told after each how many have been fed.
+    With a `cache` the prompt continues what the cache holds. Afterwards the cache holds everything but the
+    last token yielded, which the model has not been given yet. The prompt is fed `prefill_chunk` tokens at a
+    time, and `on_prefill` is told after each chunk how many have been fed.
 
-    Raises InputError at once for a prompt or setting the model cannot take, and warns where the text may grow past
-    the positions the model was made for.
+    Raises InputError at once for a prompt or setting the model cannot take, and warns where the text may grow
+    past the positions the model was made for.
     """
     stop = (stop,) if isinstance(stop, str) else tuple(stop)
     settings = SamplingSettings(temperature, top_k, top_p, min_p, seed)
@@ -80,11 +80,11 @@ def generate(
         cache = model.make_cache()
     if len(cache.lengths) != 1:
         raise InputError(f"the cache holds {len(cache.lengths)} sequences, and generate continues one")
-    _warn_of_length(int(cache.lengths[0]) + len(prompt) + max_new_tokens, model.config)
+    _warn_of_length(cache.lengths[0] + len(prompt) + max_new_tokens, model.config)
     return _pieces(
         model,
         cache,
-        prompt.split(prefill_chunk),
+        torch.split(prompt, prefill_chunk),
         Sampler(settings),
         None if tokenizer is None else Transcript(tokenizer, stop),
         max_new_tokens,
@@ -100,7 +100,8 @@ def _checked_prompt(prompt_ids: Sequence[int] | Tensor, vocab_size: int) -> Int[
     if prompt.numel() == 0:
         raise InputError("the prompt is empty: a model continues at least one token")
     if prompt.ndim != 1 or prompt.is_floating_point() or prompt.dtype == torch.bool:
-        raise InputError(f"the prompt is {prompt.dtype} of shape {tuple(prompt.shape)}, not one row of token ids")
+        shape = tuple(prompt.shape)
+        raise InputError(f"the prompt is {prompt.dtype} of shape {shape}, not one row of token ids")
     outside = prompt[(prompt < 0) | (prompt >= vocab_size)]
     if len(outside):
         raise InputError(f"token id {int(outside[0])} is outside the vocabulary of {vocab_size}")
@@ -172,5 +173,7 @@ def _prefill(
     return logits
 
 
-def _next_logits(model: LanguageModel, cache: SequenceCache, tokens: Int[Tensor, " T"]) -> Float[Tensor, " V"]:
+def _next_logits(
+    model: LanguageModel, cache: SequenceCache, tokens: Int[Tensor, " T"]
+) -> Float[Tensor, " V"]:
     return model(tokens[None].to(model.device), cache=cache, last_only=True)[0, -1]

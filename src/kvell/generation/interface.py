@@ -10,10 +10,10 @@ from torch import Tensor
 
 @runtime_checkable
 class SequenceCache(Protocol):
-    """The state of the sequences seen so far."""
+    """What a model remembers of the sequences seen so far, and their lengths in tokens."""
 
     @property
-    def lengths(self) -> Sequence[int] | Tensor: ...
+    def lengths(self) -> Sequence[int]: ...
 
 
 @runtime_checkable

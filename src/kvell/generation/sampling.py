@@ -2,12 +2,12 @@
 
     scores = (logits - max(logits)) / temperature
     keep the top_k highest scores; of equal scores the lowest id
-    keep the fewest best tokens whose probability together reaches top_p (Holtzman et al. 2019, arXiv 1904.09751)
+    keep the fewest best tokens whose probabilities sum to top_p (Holtzman et al. 2019, arXiv 1904.09751)
     keep tokens at least min_p times as probable as the best (Nguyen et al. 2024, arXiv 2407.01082)
     draw from what is left in proportion to exp(score)
 
-Each step renormalises what the one before it kept. What people get wrong: the token that takes the sum past top_p
-belongs to the nucleus, so at least one token is always left.
+Each step renormalises what the one before it kept. What people get wrong: the token that takes the sum past
+top_p belongs to the nucleus, so at least one token is always left.
 """
 
 import math
@@ -58,8 +58,8 @@ class Sampler:
         highest, most_probable = logits.max(dim=-1)
         if not math.isfinite(highest):
             raise KvellError(
-                f"the model's highest logit is {highest.item()}: its weights are damaged or its dtype overflows; "
-                "try float32"
+                f"the model's highest logit is {highest.item()}: "
+                "its weights are damaged or its dtype overflows; try float32"
             )
         if self.settings.temperature == 0:
             return int(most_probable)

@@ -1,6 +1,6 @@
 """Token ids to text while they arrive.
 
-A token may end inside a character, and a text may end inside a stop string. So text is released late: as soon as no
+A token may end inside a character, and a text may end inside a stop string. So text is released as soon as no
 further token can change it, and not before. The work per token does not grow with the text.
 """
 
@@ -42,10 +42,10 @@ class _ByteJoiner:
 
 
 class _WindowJoiner:
-    """Joins tokens of every other kind, whose text depends on the tokens around them (leading spaces, for example).
+    """Joins tokens of every other kind, whose text depends on the tokens around them (leading spaces, say).
 
-    A token's text is what it adds to the text of the tokens released just before it. A run of byte tokens is held
-    back as a whole, since one wrong byte anywhere in it makes every byte of the run a U+FFFD.
+    A token's text is what it adds to the text of the tokens released just before it. A run of byte tokens is
+    held back as a whole, since one wrong byte anywhere in it makes every byte of the run a U+FFFD.
     """
 
     _BYTE_TOKEN = re.compile(r"<0x[0-9A-F]{2}>")
@@ -70,7 +70,7 @@ class _WindowJoiner:
 
 
 def _byte_level_alphabet() -> dict[str, int]:
-    """The byte behind each character of a byte-level vocabulary (GPT-2's: printable bytes stand for themselves)."""
+    """The byte behind each character of a byte-level vocabulary; most printable ones stand for themselves."""
     printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
     others = [byte for byte in range(0x100) if byte not in printable]
     return {chr(byte): byte for byte in printable} | {chr(0x100 + i): byte for i, byte in enumerate(others)}
@@ -90,8 +90,8 @@ def _token_bytes(token: str) -> bytes:
 class StopStrings:
     """Lets text through up to the first stop string, holding back only what may be the beginning of one.
 
-    Of several, the first to be complete counts, and of those complete at the same character the longest: what is
-    shown does not depend on how the text was cut into pieces.
+    Of several, the first to be complete counts, and of those complete at the same character the longest: what
+    is shown does not depend on how the text was cut into pieces.
     """
 
     def __init__(self, stop: Sequence[str]) -> None:

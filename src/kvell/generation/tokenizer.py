@@ -73,7 +73,7 @@ class Tokenizer:
 
     @property
     def is_byte_level(self) -> bool:
-        """Whether a token is a string of bytes, each written as one character, that may end inside a character."""
+        """Whether tokens are bytes, each written as one character, and may end inside a character."""
         return self._is_byte_level
 
 
@@ -83,20 +83,20 @@ def _is_byte_level(decoder: decoders.Decoder | None) -> bool:
     state = json.loads(decoder.__getstate__())
     kinds = [part["type"] for part in state.get("decoders", [state])]
     if "ByteLevel" in kinds and len(kinds) > 1:
-        raise CheckpointError(f"the tokenizer decodes by {' then '.join(kinds)}: ByteLevel is only known alone")
+        raise CheckpointError(f"the tokenizer decodes by {' then '.join(kinds)}: ByteLevel must be alone")
     return kinds == ["ByteLevel"]
 
 
 def _download(repository: str) -> Path:
     """Where the tokenizer files of a Hugging Face repository are on this machine, once they are."""
     if not re.fullmatch(r"[\w.-]+/[\w.-]+", repository):
-        raise CheckpointError(f'{repository} is no directory, nor a Hugging Face repository "organisation/name"')
+        raise CheckpointError(f'{repository} is no directory, and no Hugging Face name "organisation/name"')
     from huggingface_hub import snapshot_download
 
     try:
         return Path(snapshot_download(repository, allow_patterns=["tokenizer.json", "tokenizer_config.json"]))
     except (OSError, ValueError) as error:
-        raise CheckpointError(f"{repository} is no directory, and Hugging Face gives no such files: {error}") from error
+        raise CheckpointError(f"{repository} is no directory, and not to be had online: {error}") from error
 
 
 def _bos_token_id(path: Path, backend: tokenizers.Tokenizer) -> int | None:
@@ -113,5 +113,5 @@ def _bos_token_id(path: Path, backend: tokenizers.Tokenizer) -> int | None:
     content = token.get("content") if isinstance(token, dict) else token
     token_id = backend.token_to_id(content) if isinstance(content, str) else None
     if token_id is None:
-        raise CheckpointError(f"{path} asks for a first token, but its bos_token {content!r} is not in the vocabulary")
+        raise CheckpointError(f"{path} asks for a bos_token, but {content!r} is not in the vocabulary")
     return token_id

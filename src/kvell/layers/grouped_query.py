@@ -20,9 +20,10 @@ from pydantic import Field, NonNegativeInt, PositiveFloat, PositiveInt, model_va
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from kvell.cache import StreamSpec
 from kvell.kernels.attention import attention
 from kvell.layers.norms import RMSNorm
-from kvell.layers.part import Part, Site, StreamSpec
+from kvell.layers.part import Part, Site
 from kvell.layers.rotary import Rotary
 
 if TYPE_CHECKING:

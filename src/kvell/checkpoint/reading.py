@@ -1,0 +1,60 @@
+"""The tensors of a checkpoint: one safetensors file or several, memory-mapped.
+
+A tensor that is asked for is a view of its file: its bytes come off the disk when they are first used.
+"""
+
+import json
+from pathlib import Path
+
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from kvell.errors import CheckpointError
+
+SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
+
+
+class TensorFiles:
+    """The tensors of a directory by name. CheckpointError for files that are missing, damaged or inconsistent."""
+
+    def __init__(self, folder: Path) -> None:
+        self._files: dict[str, Path] = {}
+        if not (folder / INDEX).is_file():
+            single = folder / SINGLE
+            if not single.is_file():
+                raise CheckpointError(f"{folder} holds neither {SINGLE} nor {INDEX}")
+            self._files = dict.fromkeys(_names(single), single)
+            return
+        try:
+            named: dict[str, str] = json.loads((folder / INDEX).read_text())["weight_map"]
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            raise CheckpointError(f"{folder / INDEX} cannot be read: {error!r}") from None
+        for shard in sorted(set(named.values())):
+            file = folder / shard
+            if not file.is_file():
+                raise CheckpointError(f"{folder}: the shard {shard}, named in {INDEX}, is missing")
+            here = _names(file)
+            wanted = {name for name, where in named.items() if where == shard}
+            if absent := sorted(wanted - here):
+                raise CheckpointError(f"{file} does not hold {absent[0]}, which {INDEX} places there")
+            self._files |= dict.fromkeys(here, file)
+
+    def names(self) -> list[str]:
+        return list(self._files)
+
+    def get(self, name: str) -> Tensor:
+        """A tensor, (its shape), as a private view of its file."""
+        file = self._files[name]
+        try:
+            with safe_open(file, "pt") as opened:
+                return opened.get_tensor(name)
+        except (SafetensorError, OSError) as error:
+            raise CheckpointError(f"{file}: {name} cannot be read: {error}") from None
+
+
+def _names(file: Path) -> set[str]:
+    try:
+        with safe_open(file, "pt") as opened:
+            return set(opened.keys())
+    except (SafetensorError, OSError) as error:
+        raise CheckpointError(f"{file} is damaged or cut short: {error}") from None

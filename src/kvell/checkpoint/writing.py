@@ -1,0 +1,43 @@
+"""Writing so that nothing is lost: everything is written aside, and takes its place only once it is whole."""
+
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+
+from safetensors import SafetensorError
+from safetensors.torch import save_file
+from torch import Tensor
+
+from kvell.errors import CheckpointError
+
+
+def write_safetensors(path: Path, tensors: Mapping[str, Tensor], metadata: dict[str, str] | None = None) -> None:
+    """Writes one file; whatever stood at `path` stays until the new file is whole. CheckpointError if it fails."""
+    with beside(path.parent) as scratch:
+        save_to(scratch / path.name, tensors, metadata)
+        os.replace(scratch / path.name, path)
+
+
+def save_to(path: Path, tensors: Mapping[str, Tensor], metadata: dict[str, str] | None = None) -> None:
+    """Writes a file and waits until the disk has it."""
+    save_file({name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}, path, metadata)
+    with open(path, "rb") as file:
+        os.fsync(file.fileno())
+
+
+@contextmanager
+def beside(folder: Path) -> Iterator[Path]:
+    """A scratch folder inside `folder`, so that renaming out of it is atomic; gone afterwards in any case."""
+    scratch = None
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        scratch = Path(tempfile.mkdtemp(prefix=".saving-", dir=folder))
+        yield scratch
+    except (OSError, SafetensorError) as error:
+        raise CheckpointError(f"could not save to {folder}: {error}; what stood there is unchanged") from None
+    finally:
+        if scratch is not None:
+            shutil.rmtree(scratch, ignore_errors=True)

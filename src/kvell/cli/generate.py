@@ -1,0 +1,129 @@
+"""`kvell generate`: continue a prompt."""
+
+import sys
+from collections.abc import Iterator
+from itertools import chain
+from time import perf_counter
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from kvell.cli import console
+from kvell.cli.generation_report import GenerationReport
+from kvell.cli.hardware import DTYPES, parse_device, parse_dtype, set_threads
+from kvell.cli.prompt import read_prompt
+from kvell.errors import InputError
+
+if TYPE_CHECKING:
+    from kvell.generation import Piece
+
+
+def generate(
+    model: Annotated[
+        str | None,
+        typer.Argument(help="A model's directory or Hugging Face name; without one, the bundled model."),
+    ] = None,
+    source: Annotated[
+        str | None, typer.Argument(metavar="[-]", help="Read the prompt from stdin.", show_default=False)
+    ] = None,
+    prompt: Annotated[str | None, typer.Option(help="The prompt.", metavar="TEXT")] = None,
+    prompt_file: Annotated[
+        str | None, typer.Option(help="A file that holds the prompt; - is stdin.", metavar="FILE")
+    ] = None,
+    max_new_tokens: Annotated[int, typer.Option(help="How many tokens to generate at most.")] = 64,
+    temperature: Annotated[float, typer.Option(help="0 always takes the most probable token.")] = 0.0,
+    top_k: Annotated[int | None, typer.Option(help="Draw from the k most probable tokens.")] = None,
+    top_p: Annotated[
+        float | None, typer.Option(help="Draw from the fewest tokens that have this probability together.")
+    ] = None,
+    min_p: Annotated[
+        float | None, typer.Option(help="Draw from tokens at least this share as probable as the best.")
+    ] = None,
+    seed: Annotated[int, typer.Option(help="Equal seeds draw equal tokens.")] = 0,
+    stop: Annotated[
+        list[str] | None, typer.Option(help="End before this text. May be repeated.", metavar="TEXT")
+    ] = None,
+    dtype: Annotated[str | None, typer.Option(help=f"{', '.join(DTYPES)}; as stored without it.")] = None,
+    device: Annotated[str, typer.Option(help="The device to run on.")] = "cpu",
+    threads: Annotated[int | None, typer.Option(help="CPU threads to compute with.")] = None,
+    as_json: Annotated[
+        bool, typer.Option("--json", help="Print one JSON object at the end instead of the text.")
+    ] = False,
+) -> None:
+    """Continue a prompt: the text goes to stdout as it comes, what it took to stderr."""
+    model, from_stdin = _split_arguments(model, source)
+    text = read_prompt(prompt, prompt_file, from_stdin)
+
+    import kvell
+    from kvell.bundled import bundled_model_path
+    from kvell.generation import SamplingSettings, Tokenizer
+    from kvell.generation import generate as continue_prompt
+    from kvell.planning import full_attention_nbytes
+
+    # What is wrong with the settings is found before the weights are read, which may take minutes.
+    SamplingSettings(temperature, top_k, top_p, min_p, seed)
+    torch_device, torch_dtype = parse_device(device), parse_dtype(dtype)
+    set_threads(threads)
+    path = model or bundled_model_path()
+    tokenizer = Tokenizer.from_pretrained(path)
+    prompt_ids = tokenizer.encode(text)
+
+    decoder = kvell.from_pretrained(path, dtype=torch_dtype, device=torch_device)
+    cache = decoder.make_cache()
+    with console.progress("prompt", len(prompt_ids)) as on_prefill:
+        started = perf_counter()
+        pieces = continue_prompt(
+            decoder,
+            prompt_ids,
+            max_new_tokens=max_new_tokens,
+            temperature=temperature,
+            top_k=top_k,
+            top_p=top_p,
+            min_p=min_p,
+            seed=seed,
+            stop=stop or (),
+            tokenizer=tokenizer,
+            cache=cache,
+            on_prefill=on_prefill,
+        )
+        first = next(pieces)
+        prefilled = perf_counter()
+    generated = list(_show(chain([first], pieces), silent=as_json))
+    decode_seconds = perf_counter() - prefilled
+
+    report = GenerationReport(
+        prompt_tokens=len(prompt_ids),
+        tokens=len(generated),
+        token_ids=[int(piece) for piece in generated],
+        text="".join(piece.text for piece in generated),
+        finish_reason=generated[-1].finish_reason or "",
+        seconds_to_first_token=prefilled - started,
+        prefill_tokens_per_second=len(prompt_ids) / (prefilled - started),
+        decode_tokens_per_second=(len(generated) - 1) / decode_seconds if len(generated) > 1 else None,
+        cache_bytes=cache.nbytes,
+        full_attention_bytes=full_attention_nbytes(decoder.config, cache.lengths[0], decoder.dtype),
+    )
+    if as_json:
+        print(report.to_json())
+    else:
+        console.stderr().print(report.to_table())
+
+
+def _split_arguments(model: str | None, source: str | None) -> tuple[str | None, bool]:
+    """The model, and whether a lone "-" asks for stdin; "-" may also stand where the model would."""
+    if model == "-" and source is None:
+        return None, True
+    if source not in (None, "-"):
+        raise InputError(f"argument {source} is not understood: a prompt is given by --prompt TEXT")
+    return model, source == "-"
+
+
+def _show(pieces: "Iterator[Piece]", silent: bool) -> "Iterator[Piece]":
+    """Passes pieces through, writing each one's text to stdout as it comes."""
+    for piece in pieces:
+        if not silent:
+            sys.stdout.write(piece.text)
+            sys.stdout.flush()
+        yield piece
+    if not silent:
+        print(flush=True)

@@ -1,0 +1,92 @@
+"""The released families, and where a model's description is found: a directory, a file, a built-in name, the hub."""
+
+import json
+import re
+from collections.abc import Mapping
+from importlib import resources
+from pathlib import Path
+from typing import Any
+
+from kvell.config import ModelConfig
+from kvell.errors import CheckpointError, ConfigError
+from kvell.families import gemma4, laguna
+from kvell.families.family import Family, Placement, Placements
+
+FAMILIES: dict[str, Family] = {family.name: family for family in (gemma4.FAMILY, laguna.FAMILY)}
+
+
+def builtin_names() -> list[str]:
+    """The released models whose config comes with the package."""
+    folder = resources.files("kvell.families") / "configs"
+    return sorted(entry.name.removesuffix(".json") for entry in folder.iterdir() if entry.name.endswith(".json"))
+
+
+def parse_config(values: Mapping[str, Any]) -> ModelConfig:
+    """A ModelConfig from the contents of a config.json, Kvell's own or a released family's."""
+    model_type = values.get("model_type")
+    if model_type == "kvell":
+        return ModelConfig.from_dict(dict(values))
+    for family in FAMILIES.values():
+        if model_type in family.model_types:
+            return family.read_config(values)
+    known = ["kvell", *(name for family in FAMILIES.values() for name in family.model_types)]
+    raise ConfigError(f"unknown model_type {model_type!r}, known are {', '.join(known)}")
+
+
+def read_config(path: str | Path) -> ModelConfig:
+    """The config of a directory, a config.json, a built-in name, or a repository on the hub."""
+    if not Path(path).exists() and str(path) in builtin_names():
+        text = (resources.files("kvell.families") / "configs" / f"{path}.json").read_text()
+        return parse_config(json.loads(text))
+    file = locate(path, patterns=["config.json", "generation_config.json"])
+    file = file / "config.json" if file.is_dir() else file
+    config = parse_config(read_json(file))
+    generation = file.with_name("generation_config.json")
+    if generation.is_file() and (ids := read_json(generation).get("eos_token_id")) is not None:
+        # Where both files name the ends of a turn, this one is the fuller: Gemma 4's names two, its config one.
+        more = ids if isinstance(ids, list) else [ids]
+        config = config.model_copy(update={"eos_token_ids": tuple(dict.fromkeys([*config.eos_token_ids, *more]))})
+    return config
+
+
+def locate(path: str | Path, patterns: list[str]) -> Path:
+    """A local path, or the local copy of a hub repository's files. CheckpointError if there is neither."""
+    if Path(path).exists():
+        return Path(path)
+    if not re.fullmatch(r"[\w.-]+/[\w.-]+", str(path)):
+        raise CheckpointError(
+            f"{path} is neither a directory nor a file nor a built-in config ({', '.join(builtin_names())})"
+        )
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError, OfflineModeIsEnabled
+
+    try:
+        return Path(snapshot_download(str(path), allow_patterns=patterns))
+    except (HfHubHTTPError, LocalEntryNotFoundError, OfflineModeIsEnabled, OSError) as error:
+        reason = str(error).strip().splitlines()[0]
+        raise CheckpointError(f"{path} is no local directory, and the hub could not be asked for it: {reason}") from None
+
+
+def read_json(file: Path) -> dict[str, Any]:
+    try:
+        values = json.loads(file.read_text())
+    except FileNotFoundError:
+        raise CheckpointError(f"no such file: {file}") from None
+    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
+        raise CheckpointError(f"{file} cannot be read: {error}") from None
+    if not isinstance(values, dict):
+        raise CheckpointError(f"{file} holds no JSON object")
+    return values
+
+
+__all__ = [
+    "FAMILIES",
+    "Family",
+    "Placement",
+    "Placements",
+    "builtin_names",
+    "locate",
+    "parse_config",
+    "read_config",
+    "read_json",
+]
