@@ -77,25 +77,22 @@ def match(names: list[str], config: ModelConfig, family: Family | None) -> dict[
     written = family.placements(config) if family else native_placements(config)
     known = written | (family.alternatives(config) if family else {})
     sources: dict[str, dict[str, Placement]] = defaultdict(dict)
-    seen: dict[tuple[str, str], str] = {}
+    seen: dict[Placement, str] = {}
     for name in names:
         plain = family.canonical(name) if family else name
         if plain in known:
             place = known[plain]
-            region = (place.parameter, str(place.index))
-            if region in seen:
-                raise CheckpointError(f"{name} and {seen[region]} are the same tensor, spelled in two ways")
-            seen[region] = name
+            if place in seen:
+                raise CheckpointError(f"{name} and {seen[place]} are the same tensor, spelled in two ways")
+            seen[place] = name
             sources[place.parameter][name] = place
         elif family is None or not any(rule(name, config) for rule in family.skip_rules.values()):
             raise CheckpointError(f"unexpected tensor {name}: the config has no place for it")
-    present = {place for placed in sources.values() for place in placed.values()}
     for name, place in written.items():
-        whole = Placement(place.parameter)
-        if place not in present and whole not in present:
+        if place not in seen and Placement(place.parameter) not in seen:
             raise CheckpointError(f"missing tensor {name}")
     for parameter, placed in sources.items():
-        if len(placed) > 1 and (twice := [name for name, place in placed.items() if not place.index]):
+        if len(placed) > 1 and (twice := [name for name, place in placed.items() if place.whole]):
             raise CheckpointError(f"{twice[0]} and {next(n for n in placed if n != twice[0])} both set {parameter}")
     return dict(sources)
 
@@ -118,7 +115,7 @@ def _assemble(
             raise CheckpointError(f"{name} has the shape {list(tensor.shape)}, wanted is {list(wanted)}")
         if not tensor.dtype.is_floating_point or tensor.dtype.itemsize < 2:
             raise CheckpointError(f"{name} is stored as {tensor.dtype}, which cannot be read without its scales")
-        if not place.index:
+        if place.whole:
             return tensor if mapped else tensor.to(device=device, dtype=target.dtype)
         if values is None:
             values = torch.empty(target.shape, dtype=target.dtype, device=device)

@@ -12,13 +12,19 @@ from kvell.errors import ConfigError
 
 @dataclass(frozen=True)
 class Placement:
-    """Where a file's tensor stands in the model: a whole parameter, or a slice of one."""
+    """Where a file's tensor stands in the model: a whole parameter, or one expert's part of it, or rows of that."""
 
     parameter: str
-    index: tuple[int | slice, ...] = ()
+    expert: int | None = None
+    rows: tuple[int, int] | None = None
+
+    @property
+    def whole(self) -> bool:
+        return self.expert is None and self.rows is None
 
     def of(self, parameter: Tensor) -> Tensor:
-        return parameter[self.index] if self.index else parameter
+        part = parameter if self.expert is None else parameter[self.expert]
+        return part if self.rows is None else part[self.rows[0] : self.rows[1]]
 
 
 Placements = dict[str, Placement]

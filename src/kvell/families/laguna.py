@@ -2,6 +2,7 @@
 
 import re
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
 from kvell.config import LayerConfig, ModelConfig
@@ -154,7 +155,7 @@ def placements(config: ModelConfig) -> Placements:
         placed["lm_head.weight"] = Placement("head.weight")
     for index, layer in enumerate(config.layers):
         for theirs, place in _layer_placements(layer).items():
-            placed[f"model.layers.{index}.{theirs}"] = Placement(f"layers.{index}.{place.parameter}", place.index)
+            placed[f"model.layers.{index}.{theirs}"] = replace(place, parameter=f"layers.{index}.{place.parameter}")
     return placed
 
 
@@ -180,9 +181,9 @@ def _layer_placements(layer: LayerConfig) -> Placements:
     size = feed_forward.intermediate_size
     for expert in range(feed_forward.num_experts):
         gate_up, down = "feed_forward.gate_up_proj", "feed_forward.down_proj"
-        placed[f"mlp.experts.{expert}.gate_proj.weight"] = Placement(gate_up, (expert, slice(0, size)))
-        placed[f"mlp.experts.{expert}.up_proj.weight"] = Placement(gate_up, (expert, slice(size, 2 * size)))
-        placed[f"mlp.experts.{expert}.down_proj.weight"] = Placement(down, (expert,))
+        placed[f"mlp.experts.{expert}.gate_proj.weight"] = Placement(gate_up, expert, (0, size))
+        placed[f"mlp.experts.{expert}.up_proj.weight"] = Placement(gate_up, expert, (size, 2 * size))
+        placed[f"mlp.experts.{expert}.down_proj.weight"] = Placement(down, expert)
     return placed
 
 
