@@ -186,12 +186,15 @@ class Decoder(nn.Module):
         for length, count in zip(step.cache.lengths, step.counts, strict=True):
             if length <= limit < length + count:
                 warnings.warn(
-                    f"{length + count} tokens are beyond the model's {limit} positions: it extrapolates", stacklevel=3
+                    f"{length + count} tokens are beyond the model's {limit} positions: it extrapolates",
+                    stacklevel=3,
                 )
 
 
 class Layer(nn.Module):
     """Attention, feed-forward, and what belongs to the layer's end."""
+
+    layer_scalar: Tensor | None
 
     def __init__(self, config: ModelConfig, index: int) -> None:
         super().__init__()

@@ -187,7 +187,9 @@ class Cache:
     def check_whole(self) -> None:
         """CacheError if a step was interrupted in its middle: some layers would know its tokens and others not."""
         if self._step_open:
-            raise CacheError("a step with this cache was interrupted before its end; the cache cannot be used further")
+            raise CacheError(
+                "a step with this cache was interrupted before its end; the cache cannot be used further"
+            )
 
     def _all_streams(self) -> list[tuple[StreamKey, Stream]]:
         return [item for sequence in self.sequences for item in sequence.streams.items()]

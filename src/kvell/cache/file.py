@@ -8,8 +8,8 @@ import torch
 from safetensors import SafetensorError, safe_open
 
 from kvell.cache.cache import Cache
-from kvell.files import write_safetensors
 from kvell.errors import CacheError
+from kvell.files import write_safetensors
 
 if TYPE_CHECKING:
     from kvell.model import Decoder
@@ -53,7 +53,10 @@ def load(path: Path, model: "Decoder") -> Cache:
                 sequence.length, sequence.rewindable = header["lengths"][index], header["rewindable"][index]
                 for (layer, name), stream in sequence.streams.items():
                     rows = file.get_tensor(_name(index, layer, name))
-                    if rows.shape != (stream.spec.rows(sequence.length, sequence.rewindable), stream.spec.width):
+                    if rows.shape != (
+                        stream.spec.rows(sequence.length, sequence.rewindable),
+                        stream.spec.width,
+                    ):
                         raise CacheError(f"{path}: layer {layer}'s {name} rows have the shape {tuple(rows.shape)}")
                     stream.fill(rows)
             return cache

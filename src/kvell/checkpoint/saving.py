@@ -10,10 +10,10 @@ from torch import Tensor
 
 from kvell.checkpoint.loading import native_placements
 from kvell.checkpoint.reading import INDEX, SINGLE
-from kvell.files import beside, save_to
 from kvell.config import ModelConfig
 from kvell.errors import ConfigError
 from kvell.families import FAMILIES, Placement, Placements, parse_config
+from kvell.files import beside, save_to
 from kvell.model import Decoder
 
 

@@ -21,10 +21,13 @@ if TYPE_CHECKING:
 def generate(
     model: Annotated[
         str | None,
-        typer.Argument(help="A model's directory or Hugging Face name; without one, the bundled model."),
+        typer.Argument(
+            metavar="MODEL",
+            help="A model's directory or Hugging Face name; without one, the bundled model.",
+        ),
     ] = None,
     source: Annotated[
-        str | None, typer.Argument(metavar="[-]", help="Read the prompt from stdin.", show_default=False)
+        str | None, typer.Argument(metavar="-", help="Read the prompt from stdin.", show_default=False)
     ] = None,
     prompt: Annotated[str | None, typer.Option(help="The prompt.", metavar="TEXT")] = None,
     prompt_file: Annotated[
@@ -50,7 +53,10 @@ def generate(
         bool, typer.Option("--json", help="Print one JSON object at the end instead of the text.")
     ] = False,
 ) -> None:
-    """Continue a prompt: the text goes to stdout as it comes, what it took to stderr."""
+    """Continue a prompt.
+
+    The text goes to stdout as it comes; how long it took and what the cache holds goes to stderr.
+    """
     model, from_stdin = _split_arguments(model, source)
     text = read_prompt(prompt, prompt_file, from_stdin)
 

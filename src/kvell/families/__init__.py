@@ -64,7 +64,9 @@ def locate(path: str | Path, patterns: list[str]) -> Path:
         return Path(snapshot_download(str(path), allow_patterns=patterns))
     except (HfHubHTTPError, LocalEntryNotFoundError, OfflineModeIsEnabled, OSError) as error:
         reason = str(error).strip().splitlines()[0]
-        raise CheckpointError(f"{path} is no local directory, and the hub could not be asked for it: {reason}") from None
+        raise CheckpointError(
+            f"{path} is no local directory, and the hub could not be asked for it: {reason}"
+        ) from None
 
 
 def read_json(file: Path) -> dict[str, Any]:

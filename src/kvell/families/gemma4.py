@@ -43,7 +43,9 @@ def read_config(values: Mapping[str, Any]) -> ModelConfig:
         text.choice("layer_types", name, KINDS)
     shared = text.get("num_kv_shared_layers", 0)
     sources = _sources(types, layers - shared)
-    activation = text.choice("hidden_activation", text.get("hidden_activation", "gelu_pytorch_tanh"), ACTIVATION_NAMES)
+    activation = text.choice(
+        "hidden_activation", text.get("hidden_activation", "gelu_pytorch_tanh"), ACTIVATION_NAMES
+    )
     hidden = text.need("hidden_size")
     ple = text.get("hidden_size_per_layer_input", 256)
     if ple and text.get("vocab_size_per_layer_input", text.need("vocab_size")) != text.need("vocab_size"):
@@ -153,7 +155,9 @@ def write_config(config: ModelConfig) -> dict[str, Any]:
     dense = feed_forward.dense if isinstance(feed_forward, DenseBesideExperts) else feed_forward
     if not isinstance(dense, GatedMLP):
         raise ConfigError(f"gemma4 has no spelling for the feed-forward {dense.kind}")
-    widths = {layer.feed_forward.intermediate_size for layer in config.layers if isinstance(layer.feed_forward, GatedMLP)}
+    widths = {
+        layer.feed_forward.intermediate_size for layer in config.layers if isinstance(layer.feed_forward, GatedMLP)
+    }
     own = {
         str(index): {"head_dim": a.head_dim} | ({"num_key_value_heads": a.num_kv_heads} if a.value_from_key else {})
         for index, a in enumerate(attentions)

@@ -150,7 +150,10 @@ def write_config(config: ModelConfig) -> dict[str, Any]:
 
 
 def placements(config: ModelConfig) -> Placements:
-    placed = {"model.embed_tokens.weight": Placement("embedding.weight"), "model.norm.weight": Placement("norm.weight")}
+    placed = {
+        "model.embed_tokens.weight": Placement("embedding.weight"),
+        "model.norm.weight": Placement("norm.weight"),
+    }
     if not config.tied_head:
         placed["lm_head.weight"] = Placement("head.weight")
     for index, layer in enumerate(config.layers):
@@ -171,7 +174,9 @@ def _layer_placements(layer: LayerConfig) -> Placements:
     names["post_attention_layernorm.weight"] = "feed_forward_frame.input_norm.weight"
     feed_forward = layer.feed_forward
     if not isinstance(feed_forward, MixtureOfExperts):
-        names |= {f"mlp.{name}.weight": f"feed_forward.{name}.weight" for name in ("gate_proj", "up_proj", "down_proj")}
+        names |= {
+            f"mlp.{name}.weight": f"feed_forward.{name}.weight" for name in ("gate_proj", "up_proj", "down_proj")
+        }
         return {theirs: Placement(ours) for theirs, ours in names.items()}
     names["mlp.gate.weight"] = "feed_forward.router.proj.weight"
     names["mlp.experts.e_score_correction_bias"] = "feed_forward.router.selection_bias"

@@ -20,8 +20,8 @@ FinishReason = Literal["eos", "stop", "length"]
 class Piece(int):
     """A generated token's id, with the text it released.
 
-    `text` is empty while a character is unfinished or a stop string may have begun, and later pieces bring it.
-    It is always empty without a tokenizer. `finish_reason` is None on all pieces but the last.
+    `text` is empty while a character is unfinished or a stop string may have begun: later pieces bring it. It
+    is always empty without a tokenizer. `finish_reason` is None on all pieces but the last.
     """
 
     text: str

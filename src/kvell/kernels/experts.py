@@ -1,6 +1,6 @@
 """Applying the chosen experts to their tokens.
 
-    y_t = sum_j weights[t, j] * down[e] (act(gate_e x_t) * up_e x_t),  e = chosen[t, j]
+y_t = sum_j weights[t, j] * down[e] (act(gate_e x_t) * up_e x_t),  e = chosen[t, j]
 """
 
 from collections.abc import Callable

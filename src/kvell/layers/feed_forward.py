@@ -1,6 +1,6 @@
 """The gated feed-forward (GLU variants; Shazeer 2020, arXiv 2002.05202).
 
-    y = down(act(gate x) * up x)
+y = down(act(gate x) * up x)
 """
 
 from collections.abc import Callable

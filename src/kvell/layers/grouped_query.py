@@ -114,9 +114,7 @@ class GroupedQueryAttention(nn.Module):
             self.g_proj = nn.Linear(hidden, gates, bias=False)
         self.o_proj = nn.Linear(heads * width, hidden, bias=config.bias)
 
-    def forward(
-        self, x: Float[Tensor, "T C"], step: "Step", wanted: "Step | None" = None
-    ) -> Float[Tensor, "W C"]:
+    def forward(self, x: Float[Tensor, "T C"], step: "Step", wanted: "Step | None" = None) -> Float[Tensor, "W C"]:
         """`wanted` narrows the queries to some of the step's tokens: W = T without it."""
         if self.config.kv_source is None:
             step.made[self.index] = seen = self._make(x, step)
@@ -127,9 +125,7 @@ class GroupedQueryAttention(nn.Module):
         query = self._heads(self.q_proj(x), self.q_norm)
         if self.config.rotary is not None:
             query = step.rotary(self.config.rotary, self.config.head_dim, x.dtype).rotate(query)
-        y = attention(
-            query, seen.keys, seen.values, step.counts, scale=self.scale, window=self.config.sliding_window
-        )
+        y = attention(query, seen.keys, seen.values, step.counts, scale=self.scale, window=self.config.sliding_window)
         return self.o_proj(self._gate(x, y).flatten(1))
 
     def _make(self, x: Float[Tensor, "T C"], step: "Step") -> KeyValues:

@@ -1,0 +1,223 @@
+"""Text to tokens and back, whole and while it arrives."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import tokenizers
+from generation_mocks import byte_fallback_backend, byte_level_backend, metaspace_backend, word_backend
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from tokenizers import decoders, processors
+
+from kvell.errors import CheckpointError, InputError
+from kvell.generation import StopStrings, TextStream, Tokenizer, Transcript
+
+TOKENIZERS = {
+    "byte level": Tokenizer(byte_level_backend()),
+    "byte fallback": Tokenizer(byte_fallback_backend()),
+    "metaspace": Tokenizer(metaspace_backend()),
+    "words": Tokenizer(word_backend()),
+}
+every_tokenizer = pytest.mark.parametrize("tokenizer", TOKENIZERS.values(), ids=TOKENIZERS.keys())
+BYTE_LEVEL = TOKENIZERS["byte level"]
+
+emoji = st.sampled_from(["🙂", "👩‍👩‍👧‍👦", "🇸🇪", "e\u0301", "ก็", "\ufffd", "日本語", "déjà", " the cat"])  # noqa: RUF001
+texts = st.lists(st.text(max_size=8) | emoji, max_size=12).map("".join)
+
+
+def released(tokenizer: Tokenizer, ids: list[int]) -> list[str]:
+    stream = TextStream(tokenizer)
+    return [stream.push(token) for token in ids] + [stream.flush()]
+
+
+@every_tokenizer
+@settings(max_examples=300, deadline=None)
+@given(data=st.data())
+def test_the_pieces_of_any_tokens_are_the_decoded_text(tokenizer: Tokenizer, data: st.DataObject) -> None:
+    """Special tokens, bytes that are not UTF-8 and ids that stand for nothing among them."""
+    size = tokenizer._backend.get_vocab_size()
+    ids = data.draw(st.lists(st.integers(0, size + 2), max_size=40))
+    assert "".join(released(tokenizer, ids)) == tokenizer.decode(ids)
+
+
+@settings(max_examples=300, deadline=None)
+@given(text=texts)
+def test_any_text_survives(text: str) -> None:
+    assert "".join(released(BYTE_LEVEL, BYTE_LEVEL.encode(text))) == text
+
+
+@settings(max_examples=300, deadline=None)
+@given(text=texts.map(lambda text: text.replace("\N{REPLACEMENT CHARACTER}", "")))
+def test_a_character_is_released_as_soon_as_it_is_whole(text: str) -> None:
+    ids = BYTE_LEVEL.encode(text)
+    stream, shown = TextStream(BYTE_LEVEL), ""
+    for count, token in enumerate(ids, start=1):
+        shown += stream.push(token)
+        assert shown == BYTE_LEVEL.decode(ids[:count]).rstrip("\N{REPLACEMENT CHARACTER}")
+
+
+def test_an_unfinished_character_becomes_the_replacement_character_at_the_end() -> None:
+    ids = BYTE_LEVEL.encode("a🙂", add_special_tokens=False)[:-1]
+    assert released(BYTE_LEVEL, ids)[-1] == "\N{REPLACEMENT CHARACTER}"
+
+
+def test_a_run_of_byte_tokens_is_released_when_it_ends() -> None:
+    tokenizer = TOKENIZERS["byte fallback"]
+    ids = [tokenizer._backend.token_to_id(token) for token in ("<0xE2>", "<0x82>", "<0xAC>", "▁cat")]
+    assert released(tokenizer, ids) == ["", "", "", "€ cat", ""]
+
+
+@every_tokenizer
+def test_the_work_per_token_does_not_grow(tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch) -> None:
+    joined = 0
+
+    def counting(join: Callable[[list[str]], str]) -> Callable[[list[str]], str]:
+        def count(tokens: list[str]) -> str:
+            nonlocal joined
+            joined += len(tokens)
+            return join(tokens)
+
+        return count
+
+    monkeypatch.setattr(tokenizer, "join", counting(tokenizer.join))
+    vocabulary = tokenizer._backend.get_vocab_size()
+    released(tokenizer, [(7 * step) % vocabulary for step in range(5000)])
+    assert joined <= 4 * 5000
+
+
+# Stop strings
+
+
+def shown_by_hand(text: str, stop: list[str]) -> tuple[str, bool]:
+    """Reads one character at a time and ends when the text so far ends with a stop string."""
+    for end in range(1, len(text) + 1):
+        found = [len(candidate) for candidate in stop if text[:end].endswith(candidate)]
+        if found:
+            return text[: end - max(found)], True
+    return text, False
+
+
+@settings(max_examples=500, deadline=None)
+@given(
+    pieces=st.lists(st.text("abc", max_size=5), max_size=12),
+    stop=st.lists(st.text("abc", min_size=1, max_size=4), max_size=3),
+)
+def test_text_ends_before_the_first_stop_string_however_it_is_cut(pieces: list[str], stop: list[str]) -> None:
+    strings = StopStrings(stop)
+    shown, arrived = "", ""
+    for piece in pieces:
+        shown, arrived = shown + strings.push(piece), arrived + piece
+        expected, stopped = shown_by_hand(arrived, stop)
+        assert strings.stopped == stopped
+        held = expected[len(shown) :]
+        assert expected.startswith(shown)
+        if stopped:
+            assert held == "", "what stands before a stop string is released with it"
+        else:
+            beginnings = [text for text in (expected[i:] for i in range(len(expected))) if is_beginning(text, stop)]
+            assert held == max(beginnings, key=len, default=""), "only a possible beginning is held back"
+    assert shown + strings.flush() == shown_by_hand(arrived, stop)[0]
+
+
+def is_beginning(text: str, stop: list[str]) -> bool:
+    return any(candidate.startswith(text) for candidate in stop)
+
+
+def test_nothing_is_shown_after_a_stop_string() -> None:
+    strings = StopStrings(["END"])
+    assert [strings.push(text) for text in ("go E", "ND on", " END", "x")] == ["go ", "", "", ""]
+    assert strings.stopped
+    assert strings.flush() == ""
+
+
+def test_a_special_token_as_a_stop_string_stops_at_that_token() -> None:
+    transcript = Transcript(BYTE_LEVEL, ["<eos>", "cats"])
+    shown = [transcript.push(token) for token in BYTE_LEVEL.encode("a cat<eos>")]
+    assert transcript.stopped
+    assert "".join(shown) == "a cat", "the beginning of the other stop string is shown after all"
+
+
+# Tokenizer
+
+
+def saved(backend: tokenizers.Tokenizer, directory: Path, config: object = None) -> Path:
+    backend.save(str(directory / "tokenizer.json"))
+    if config is not None:
+        (directory / "tokenizer_config.json").write_text(json.dumps(config), "utf-8")
+    return directory
+
+
+def test_a_directory_without_a_tokenizer_is_named(tmp_path: Path) -> None:
+    with pytest.raises(CheckpointError, match=f"no tokenizer.json in {tmp_path}"):
+        Tokenizer.from_pretrained(tmp_path)
+
+
+def test_what_is_no_directory_and_no_repository_is_named() -> None:
+    with pytest.raises(CheckpointError, match="no/such/place is no directory"):
+        Tokenizer.from_pretrained("no/such/place")
+
+
+@pytest.mark.parametrize("content", ["", "{}", "not json"])
+def test_a_damaged_tokenizer_is_named(tmp_path: Path, content: str) -> None:
+    (tmp_path / "tokenizer.json").write_text(content)
+    with pytest.raises(CheckpointError, match="tokenizer.json cannot be read"):
+        Tokenizer.from_pretrained(tmp_path)
+
+
+def test_a_damaged_tokenizer_config_is_named(tmp_path: Path) -> None:
+    saved(byte_level_backend(), tmp_path).joinpath("tokenizer_config.json").write_text("{")
+    with pytest.raises(CheckpointError, match="tokenizer_config.json is not JSON"):
+        Tokenizer.from_pretrained(tmp_path)
+
+
+@pytest.mark.parametrize("bos", ["<bos>", {"content": "<bos>", "special": True}], ids=["text", "token"])
+def test_the_first_token_is_added_where_the_config_asks_for_it(tmp_path: Path, bos: object) -> None:
+    saved(byte_level_backend(), tmp_path, {"add_bos_token": True, "bos_token": bos})
+    tokenizer = Tokenizer.from_pretrained(tmp_path)
+    assert tokenizer.encode("") == [0]
+    assert tokenizer.encode("cat") == [0, *BYTE_LEVEL.encode("cat")]
+    assert tokenizer.encode("<bos>cat") == tokenizer.encode("cat"), "but not twice"
+    assert tokenizer.encode("cat", add_special_tokens=False) == BYTE_LEVEL.encode("cat")
+
+
+@pytest.mark.parametrize("config", [None, {"add_bos_token": False, "bos_token": "<bos>"}], ids=str)
+def test_no_token_is_added_where_nothing_asks_for_it(tmp_path: Path, config: object) -> None:
+    tokenizer = Tokenizer.from_pretrained(saved(byte_level_backend(), tmp_path, config))
+    assert tokenizer.encode("cat") == BYTE_LEVEL.encode("cat")
+
+
+def test_a_first_token_that_does_not_exist_is_named(tmp_path: Path) -> None:
+    saved(byte_level_backend(), tmp_path, {"add_bos_token": True, "bos_token": "<s>"})
+    with pytest.raises(CheckpointError, match="'<s>' is not in the vocabulary"):
+        Tokenizer.from_pretrained(tmp_path)
+
+
+def test_the_post_processor_adds_its_tokens_once(tmp_path: Path) -> None:
+    backend = byte_level_backend()
+    backend.post_processor = processors.TemplateProcessing("<bos> $A", special_tokens=[("<bos>", 0)])
+    saved(backend, tmp_path, {"add_bos_token": True, "bos_token": "<bos>"})
+    assert Tokenizer.from_pretrained(tmp_path).encode("cat") == [0, *BYTE_LEVEL.encode("cat")]
+
+
+def test_special_tokens_are_not_part_of_the_text() -> None:
+    assert BYTE_LEVEL.decode(BYTE_LEVEL.encode("<bos>the cat<eos>")) == "the cat"
+
+
+def test_a_lone_surrogate_is_an_error() -> None:
+    with pytest.raises(InputError, match="lone surrogate"):
+        BYTE_LEVEL.encode("caf\udce9")
+
+
+def test_a_decoder_that_cannot_be_followed_is_refused() -> None:
+    backend = byte_level_backend()
+    backend.decoder = decoders.Sequence([decoders.ByteLevel(), decoders.Strip(" ", 1, 0)])
+    with pytest.raises(CheckpointError, match="ByteLevel then Strip"):
+        Tokenizer(backend)
+
+
+def test_a_byte_level_decoder_alone_in_a_sequence_is_byte_level() -> None:
+    backend = byte_level_backend()
+    backend.decoder = decoders.Sequence([decoders.ByteLevel()])
+    assert Tokenizer(backend).is_byte_level
