@@ -145,15 +145,18 @@ class MixtureFeedForward(nn.Module):
             shared = GatedMLP(intermediate_size=config.shared_intermediate_size, activation=config.activation)
             self.shared_expert = GatedFeedForward(shared, hidden)
 
-    def forward(self, x: Float[Tensor, "T C"], step: "Step | None" = None) -> Float[Tensor, "T C"]:
-        y = self.route(x, x)
-        return y if self.shared_expert is None else y + self.shared_expert(x)
-
-    def route(self, x: Float[Tensor, "T C"], router_input: Float[Tensor, "T C"]) -> Float[Tensor, "T C"]:
-        """The chosen experts of x; the choice is made by `router_input`."""
-        weights, chosen = self.router(router_input)
+    def forward(
+        self,
+        x: Float[Tensor, "T C"],
+        step: "Step | None" = None,
+        *,
+        router_input: Float[Tensor, "T C"] | None = None,
+    ) -> Float[Tensor, "T C"]:
+        """The experts see x; the choice is made by `router_input` where that is something else."""
+        weights, chosen = self.router(x if router_input is None else router_input)
         y = experts(x, weights, chosen, self.gate_up_proj, self.down_proj, self.activation)
-        return y * self.config.routed_scale
+        y = y * self.config.routed_scale
+        return y if self.shared_expert is None else y + self.shared_expert(x)
 
 
 class DenseBesideExpertsFeedForward(nn.Module):
@@ -167,5 +170,5 @@ class DenseBesideExpertsFeedForward(nn.Module):
 
     def forward(self, x: Float[Tensor, "T C"], step: "Step | None" = None) -> Float[Tensor, "T C"]:
         dense = self.dense_output_norm(self.dense(self.dense_input_norm(x)))
-        routed = self.mixture.route(self.mixture_input_norm(x), router_input=x)
+        routed = self.mixture(self.mixture_input_norm(x), router_input=x)
         return dense + self.mixture_output_norm(routed)

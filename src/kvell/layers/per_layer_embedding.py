@@ -43,16 +43,15 @@ class PerLayerEmbedding(Part):
 class MappedTable(nn.Module):
     """An embedding table kept outside the parameters, on the CPU, usually a view of a file on disk.
 
-    It stays where and as it is when the model moves or changes its dtype; looked-up rows are converted.
+    It stays where and as it is when the model moves or changes its dtype; rows are converted once looked up.
     """
 
     def __init__(self, table: Tensor) -> None:
         super().__init__()
         self.table = table  # a plain attribute: neither parameter nor buffer, so that .to() leaves it alone
 
-    def forward(self, tokens: Int[Tensor, " T"], like: Tensor) -> Float[Tensor, "T width"]:
-        rows = nn.functional.embedding(tokens.to(self.table.device), self.table)
-        return rows.to(device=like.device, dtype=like.dtype)
+    def forward(self, tokens: Int[Tensor, " T"]) -> Float[Tensor, "T width"]:
+        return nn.functional.embedding(tokens.to(self.table.device), self.table)
 
     def extra_repr(self) -> str:
         return f"{tuple(self.table.shape)}, {self.table.dtype}"
@@ -72,10 +71,7 @@ class PerLayerInputs(nn.Module):
 
     def forward(self, tokens: Int[Tensor, " T"], embedded: Float[Tensor, "T C"]) -> Float[Tensor, "T L P"]:
         shape = (-1, self.num_layers, self.width)
-        if isinstance(self.table, MappedTable):
-            rows = self.table(tokens, embedded)
-        else:
-            rows = self.table(tokens)
+        rows = self.table(tokens).to(embedded)
         token = rows.view(shape) * torch.tensor(self.width**0.5).to(rows.dtype).item()
         context = self.norm((self.projection(embedded) * self.projection_scale).view(shape))
         return (context + token) * 2**-0.5
