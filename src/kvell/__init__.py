@@ -1,13 +1,35 @@
-"""Kvell: the LLM architectures that made long contexts cheap."""
+"""Kvell: the LLM architectures that made long contexts cheap.
 
-from kvell.cache import Cache
-from kvell.checkpoint import from_pretrained
-from kvell.config import ModelConfig
-from kvell.errors import CacheError, CheckpointError, ConfigError, InputError, KvellError
-from kvell.generation import Piece, generate
-from kvell.model import Decoder
+The names below are imported when they are first used, so that `kvell --help` need not wait for torch.
+"""
+
+from importlib import import_module
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from kvell.cache import Cache
+    from kvell.checkpoint import from_pretrained
+    from kvell.config import ModelConfig
+    from kvell.errors import CacheError, CheckpointError, ConfigError, InputError, KvellError
+    from kvell.generation import Piece, Tokenizer, generate
+    from kvell.model import Decoder
 
 __version__ = "0.1.0"
+
+_HOMES = {
+    "Cache": "kvell.cache",
+    "CacheError": "kvell.errors",
+    "CheckpointError": "kvell.errors",
+    "ConfigError": "kvell.errors",
+    "Decoder": "kvell.model",
+    "InputError": "kvell.errors",
+    "KvellError": "kvell.errors",
+    "ModelConfig": "kvell.config",
+    "Piece": "kvell.generation",
+    "Tokenizer": "kvell.generation",
+    "from_pretrained": "kvell.checkpoint",
+    "generate": "kvell.generation",
+}
 
 __all__ = [
     "Cache",
@@ -19,6 +41,19 @@ __all__ = [
     "KvellError",
     "ModelConfig",
     "Piece",
+    "Tokenizer",
     "from_pretrained",
     "generate",
 ]
+
+
+def __getattr__(name: str) -> object:
+    if name not in _HOMES:
+        raise AttributeError(f"module 'kvell' has no attribute {name!r}")
+    value = getattr(import_module(_HOMES[name]), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return [*__all__, "__version__"]

@@ -23,7 +23,10 @@ def write_safetensors(path: Path, tensors: Mapping[str, Tensor], metadata: dict[
 
 def save_to(path: Path, tensors: Mapping[str, Tensor], metadata: dict[str, str] | None = None) -> None:
     """Writes a file and waits until the disk has it."""
+    path.touch()
+    permissions = path.stat().st_mode  # what the user's umask gives; safetensors lets only the owner read
     save_file({name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}, path, metadata)
+    path.chmod(permissions)
     with open(path, "rb") as file:
         os.fsync(file.fileno())
 

@@ -14,35 +14,38 @@ import typer
 from kvell import __version__
 from kvell.cli import console
 from kvell.cli.generate import generate
+from kvell.cli.inspect import inspect
 from kvell.errors import KvellError
 
-application = typer.Typer(
-    add_completion=False, pretty_exceptions_enable=False, rich_markup_mode=None, invoke_without_command=True
-)
+application = typer.Typer(add_completion=False, pretty_exceptions_enable=False, rich_markup_mode=None)
 application.command()(generate)
+application.command()(inspect)
+
+
+def _print_version(wanted: bool | None) -> None:
+    if wanted:
+        print(f"kvell {__version__}")
+        raise typer.Exit
 
 
 @application.callback()
 def kvell(
-    context: typer.Context,
-    version: Annotated[bool, typer.Option("--version", help="Print Kvell's version.")] = False,
+    version: Annotated[
+        bool | None, typer.Option("--version", callback=_print_version, is_eager=True, help="Print Kvell's version.")
+    ] = None,
 ) -> None:
     """The LLM architectures that made long contexts cheap: exact, small, and free to combine."""
-    if version:
-        print(f"kvell {__version__}")
-        raise typer.Exit
-    if context.invoked_subcommand is None:
-        print(context.get_help())
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs one command and returns its exit code: 1 for wrong input, 2 for wrong usage, 130 on Ctrl-C."""
+    given = sys.argv[1:] if arguments is None else list(arguments)
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="replace")  # a terminal that lacks a character shows "?" in its place
     with warnings.catch_warnings():
         warnings.showwarning = console.show_warning
         try:
-            code: int | None = application(arguments, standalone_mode=False, prog_name="kvell")
+            code = application(given or ["--help"], standalone_mode=False, prog_name="kvell")
             sys.stdout.flush()
         except KvellError as error:
             return console.fail(str(error), code=1)

@@ -16,6 +16,13 @@ def stderr() -> "Console":
     return Console(stderr=True, highlight=False)
 
 
+def stdout() -> "Console":
+    """For tables that are the result: as wide as the terminal, or as they need to be in a file or a pipe."""
+    from rich.console import Console
+
+    return Console(highlight=False, width=None if sys.stdout.isatty() else 200)
+
+
 def fail(message: str, code: int) -> int:
     """Says in one line what was wrong, and returns the exit code."""
     print(f"error: {_one_line(message)}", file=sys.stderr)

@@ -62,6 +62,8 @@ def generate(
 
     import kvell
     from kvell.bundled import bundled_model_path
+    from kvell.checkpoint.loading import HUB_FILES
+    from kvell.families import locate
     from kvell.generation import SamplingSettings, Tokenizer
     from kvell.generation import generate as continue_prompt
     from kvell.planning import full_attention_nbytes
@@ -70,11 +72,11 @@ def generate(
     SamplingSettings(temperature, top_k, top_p, min_p, seed)
     torch_device, torch_dtype = parse_device(device), parse_dtype(dtype)
     set_threads(threads)
-    path = model or bundled_model_path()
-    tokenizer = Tokenizer.from_pretrained(path)
+    directory = locate(model or bundled_model_path(), HUB_FILES)
+    tokenizer = Tokenizer.from_pretrained(directory)
     prompt_ids = tokenizer.encode(text)
 
-    decoder = kvell.from_pretrained(path, dtype=torch_dtype, device=torch_device)
+    decoder = kvell.from_pretrained(directory, dtype=torch_dtype, device=torch_device)
     cache = decoder.make_cache()
     with console.progress("prompt", len(prompt_ids)) as on_prefill:
         started = perf_counter()

@@ -120,7 +120,7 @@ def _warn_of_length(length: int, config: LanguageModelConfig) -> None:
 def _pieces(
     model: LanguageModel,
     cache: SequenceCache,
-    chunks: Sequence[Int[Tensor, " T"]],
+    chunks: Sequence[Int[Tensor, " _"]],
     sampler: Sampler,
     transcript: Transcript | None,
     max_new_tokens: int,
@@ -138,17 +138,13 @@ def _pieces(
         logits = _next_logits(model, cache, torch.tensor([token]))
 
 
-def _finish_reason(
-    token: int, count: int, max_new_tokens: int, config: LanguageModelConfig
-) -> FinishReason | None:
+def _finish_reason(token: int, count: int, max_new_tokens: int, config: LanguageModelConfig) -> FinishReason | None:
     if token in config.eos_token_ids:
         return "eos"
     return "length" if count == max_new_tokens else None
 
 
-def _release(
-    transcript: Transcript, token: int, reason: FinishReason | None
-) -> tuple[str, FinishReason | None]:
+def _release(transcript: Transcript, token: int, reason: FinishReason | None) -> tuple[str, FinishReason | None]:
     """The text a token releases, and why the generation ends with it, knowing the text."""
     if reason == "eos":
         return transcript.flush(), reason
@@ -161,7 +157,7 @@ def _release(
 def _prefill(
     model: LanguageModel,
     cache: SequenceCache,
-    chunks: Sequence[Int[Tensor, " T"]],
+    chunks: Sequence[Int[Tensor, " _"]],
     on_prefill: Callable[[int], None] | None,
 ) -> Float[Tensor, " V"]:
     fed = 0
@@ -173,7 +169,5 @@ def _prefill(
     return logits
 
 
-def _next_logits(
-    model: LanguageModel, cache: SequenceCache, tokens: Int[Tensor, " T"]
-) -> Float[Tensor, " V"]:
+def _next_logits(model: LanguageModel, cache: SequenceCache, tokens: Int[Tensor, " T"]) -> Float[Tensor, " V"]:
     return model(tokens[None].to(model.device), cache=cache, last_only=True)[0, -1]

@@ -1,7 +1,6 @@
 """Text to token ids and back, as a model's own tokenizer.json says."""
 
 import json
-import re
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -27,13 +26,9 @@ class Tokenizer:
         self._special_ids = frozenset(self._special_tokens.values())
 
     @classmethod
-    def from_pretrained(cls, model: str | Path) -> "Tokenizer":
-        """The tokenizer of a model's directory, or of a Hugging Face repository "organisation/name".
-
-        Raises CheckpointError where it is missing or damaged.
-        """
-        directory = Path(model) if Path(model).is_dir() else _download(str(model))
-        path = directory / "tokenizer.json"
+    def from_pretrained(cls, directory: str | Path) -> "Tokenizer":
+        """The tokenizer of a model's directory. Raises CheckpointError where it is missing or damaged."""
+        path = Path(directory) / "tokenizer.json"
         if not path.is_file():
             raise CheckpointError(f"there is no tokenizer.json in {directory}, so its model cannot read text")
         try:
@@ -85,18 +80,6 @@ def _is_byte_level(decoder: decoders.Decoder | None) -> bool:
     if "ByteLevel" in kinds and len(kinds) > 1:
         raise CheckpointError(f"the tokenizer decodes by {' then '.join(kinds)}: ByteLevel must be alone")
     return kinds == ["ByteLevel"]
-
-
-def _download(repository: str) -> Path:
-    """Where the tokenizer files of a Hugging Face repository are on this machine, once they are."""
-    if not re.fullmatch(r"[\w.-]+/[\w.-]+", repository):
-        raise CheckpointError(f'{repository} is no directory, and no Hugging Face name "organisation/name"')
-    from huggingface_hub import snapshot_download
-
-    try:
-        return Path(snapshot_download(repository, allow_patterns=["tokenizer.json", "tokenizer_config.json"]))
-    except (OSError, ValueError) as error:
-        raise CheckpointError(f"{repository} is no directory, and not to be had online: {error}") from error
 
 
 def _bos_token_id(path: Path, backend: tokenizers.Tokenizer) -> int | None:

@@ -37,6 +37,9 @@ class DefaultRotary(Part):
     theta: PositiveFloat
     fraction: Fraction = 1.0
 
+    def describe(self) -> str:
+        return _named("default", self.theta, self.fraction)
+
     def rotary_width(self, head_dim: int) -> int:
         """Channels of a head that take part."""
         return int(head_dim * self.fraction)
@@ -56,6 +59,9 @@ class ProportionalRotary(Part):
     kind: Literal["proportional"] = "proportional"
     theta: PositiveFloat
     fraction: Fraction = 1.0
+
+    def describe(self) -> str:
+        return _named("proportional", self.theta, self.fraction)
 
     def rotary_width(self, head_dim: int) -> int:
         return head_dim
@@ -83,6 +89,9 @@ class YarnRotary(Part):
     beta_slow: PositiveFloat = 1.0
     attention_factor: PositiveFloat | None = None
 
+    def describe(self) -> str:
+        return f"{_named('yarn', self.theta, self.fraction)} x{self.factor:g}"
+
     def rotary_width(self, head_dim: int) -> int:
         return int(head_dim * self.fraction)
 
@@ -103,6 +112,10 @@ class YarnRotary(Part):
     def _pair_of(self, turns: float, width: int) -> float:
         """The (fractional) pair that turns `turns` times in the original positions."""
         return width * math.log(self.original_positions / (turns * 2 * math.pi)) / (2 * math.log(self.theta))
+
+
+def _named(kind: str, theta: float, fraction: float) -> str:
+    return f"{kind} {theta:g}" + ("" if fraction == 1 else f" of {fraction:.0%}")
 
 
 Rotary = Annotated[DefaultRotary | ProportionalRotary | YarnRotary, Field(discriminator="kind")]

@@ -1,0 +1,136 @@
+"""`kvell inspect`: a model's config resolved, layer by layer."""
+
+import json
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from kvell.cli import console
+
+if TYPE_CHECKING:
+    from rich.table import Table
+
+    from kvell.config import ModelConfig
+
+COLUMNS = (
+    "layer",
+    "attention",
+    "query heads",
+    "KV heads",
+    "head width",
+    "window",
+    "reads KV of",
+    "rotary",
+    "feed-forward",
+    "parameters",
+)
+
+
+def inspect(
+    model: Annotated[str, typer.Argument(help="A directory, a config.json, or a built-in name such as gemma-4-e2b.")],
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of tables.")] = False,
+) -> None:
+    """Show every layer of a model resolved, its parameters, and the streams its cache holds. Loads no weights."""
+    from kvell.config import ModelConfig
+
+    description = describe(ModelConfig.from_pretrained(model))
+    if as_json:
+        print(json.dumps(description, indent=2))
+        return
+    output = console.stdout()
+    output.print(_overview(model, description), "")
+    output.print(_grid([COLUMNS, *(_layer_row(layer) for layer in description["layers"])]), "")
+    output.print(_grid([("stream", "rows kept", "width", "layers"), *_stream_rows(description["streams"])]))
+
+
+def describe(config: "ModelConfig") -> dict[str, Any]:
+    """The facts of a config as plain data, one entry per layer and one per stream."""
+    import torch
+
+    from kvell.checkpoint import build_empty
+
+    model = build_empty(config, torch.bfloat16)
+    parts: dict[str, int] = {}
+    for name, parameter in model.named_parameters():
+        part = ".".join(name.split(".")[: 2 if name.startswith("layers.") else 1])
+        parts[part] = parts.get(part, 0) + parameter.numel()
+    layers = [
+        {
+            "layer": index,
+            "attention": layer.attention.kind,
+            "num_heads": layer.attention.num_heads,
+            "num_kv_heads": layer.attention.num_kv_heads,
+            "head_dim": layer.attention.head_dim,
+            "sliding_window": layer.attention.sliding_window,
+            "kv_source": layer.attention.kv_source,
+            "rotary": None if layer.attention.rotary is None else layer.attention.rotary.describe(),
+            "feed_forward": layer.feed_forward.describe(),
+            "parameters": parts[f"layers.{index}"],
+        }
+        for index, layer in enumerate(config.layers)
+    ]
+    streams = [
+        {"layer": index, "name": spec.name, "width": spec.width, "past_rows": spec.past, "stride": spec.stride}
+        for (index, _), spec in config.streams().items()
+    ]
+    return {
+        "family": config.family,
+        "vocab_size": config.vocab_size,
+        "hidden_size": config.hidden_size,
+        "max_positions": config.max_positions,
+        "parameters": model.num_parameters(),
+        "parameters_by_part": {name: count for name, count in parts.items() if not name.startswith("layers.")}
+        | {"layers": sum(count for name, count in parts.items() if name.startswith("layers."))},
+        "layers": layers,
+        "streams": streams,
+    }
+
+
+def _overview(model: str, description: dict[str, Any]) -> "Table":
+    rows = [
+        ("model", model),
+        ("family", description["family"] or "kvell"),
+        ("parameters", f"{description['parameters']:,}"),
+        *((f"  {part}", f"{count:,}") for part, count in description["parameters_by_part"].items()),
+        ("hidden size", str(description["hidden_size"])),
+        ("vocabulary", f"{description['vocab_size']:,}"),
+        ("positions", f"{description['max_positions']:,}"),
+    ]
+    return _grid(rows, header=False)
+
+
+def _layer_row(layer: dict[str, Any]) -> tuple[str, ...]:
+    return (
+        str(layer["layer"]),
+        layer["attention"].replace("_", " "),
+        str(layer["num_heads"]),
+        str(layer["num_kv_heads"]),
+        str(layer["head_dim"]),
+        "full" if layer["sliding_window"] is None else str(layer["sliding_window"]),
+        "own" if layer["kv_source"] is None else f"layer {layer['kv_source']}",
+        layer["rotary"] or "none",
+        layer["feed_forward"],
+        f"{layer['parameters']:,}",
+    )
+
+
+def _stream_rows(streams: list[dict[str, Any]]) -> list[tuple[str, ...]]:
+    """Streams alike in all but their layer stand in one row."""
+    groups: dict[tuple[str, str, str], list[int]] = {}
+    for stream in streams:
+        kept = "all" if stream["past_rows"] is None else f"last {stream['past_rows']}"
+        kept += "" if stream["stride"] == 1 else f", one every {stream['stride']} tokens"
+        groups.setdefault((stream["name"], kept, str(stream["width"])), []).append(stream["layer"])
+    return [(*group, " ".join(map(str, layers))) for group, layers in groups.items()]
+
+
+def _grid(rows: list[tuple[str, ...]], *, header: bool = True) -> "Table":
+    from rich.table import Table
+
+    table = Table(box=None, show_header=header, pad_edge=False, header_style="bold")
+    for title in rows[0]:
+        numeric = title in ("layer", "query heads", "KV heads", "head width", "parameters", "width")
+        table.add_column(title, justify="right" if header and numeric else "left")
+    for row in rows[1:] if header else rows:
+        table.add_row(*row)
+    return table
