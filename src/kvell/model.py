@@ -44,7 +44,7 @@ class Decoder(nn.Module):
         self.norm = RMSNorm(config.hidden_size, config.norm_eps)
         if not config.tied_head:
             self.head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
-        self._last_writer = max((layer for layer, _ in config.streams()), default=-1)
+        self._last_writer = max(layer for layer, _ in config.streams())
         self.reset_parameters()
 
     @property
@@ -72,14 +72,14 @@ class Decoder(nn.Module):
         """
         rows = self._rows(tokens, counts)
         lengths = list(counts) if counts is not None else [tokens.shape[1]] * tokens.shape[0]
-        if cache is None:
-            return self._head(self._run(Step.of(tokens.flatten(), lengths), last_only)).unflatten(0, (rows, -1))
-        cache.begin_step(lengths)
+        if cache is not None:
+            cache.begin_step(lengths)
         step = Step.of(tokens.flatten(), lengths, cache)
         self._warn_of_length(step)
-        with torch.no_grad():
+        with torch.set_grad_enabled(torch.is_grad_enabled() and cache is None):
             logits = self._head(self._run(step, last_only))
-        cache.end_step(lengths)
+        if cache is not None:
+            cache.end_step(lengths)
         return logits.unflatten(0, (rows, -1))
 
     def make_cache(self, batch_size: int = 1, max_rewind: int = 0, max_length: int | None = None) -> Cache:
@@ -111,7 +111,7 @@ class Decoder(nn.Module):
         """Tells this model's weights from another's, by its config and a few values of every tensor."""
         digest = hashlib.sha256(self.config.digest().encode())
         for name, tensor in self.named_tensors():
-            stride = max(tensor.numel() // 16, 1)
+            stride = max(tensor.numel() // 4, 1)
             digest.update(f"{name}{tuple(tensor.shape)}".encode())
             digest.update(repr(tensor.detach().flatten()[::stride].tolist()).encode())
         return digest.hexdigest()[:32]
@@ -148,7 +148,7 @@ class Decoder(nn.Module):
         inputs = self.per_layer_inputs(step.tokens, embedded) if self.per_layer_inputs is not None else None
         h = self.ends.open(embedded)
         for index, layer in enumerate(self.layers):
-            wanted = step.last() if last_only and index == max(self._last_writer, 0) else None
+            wanted = step.last() if last_only and index == self._last_writer else None
             mine = inputs[:, index] if inputs is not None else None
             if self.activation_checkpointing and torch.is_grad_enabled() and step.cache is None:
                 h = checkpoint(layer, h, step, mine, wanted, use_reentrant=False)
@@ -180,14 +180,13 @@ class Decoder(nn.Module):
         return tokens.shape[0]
 
     def _warn_of_length(self, step: Step) -> None:
-        """Once, at the step that crosses the line."""
+        """Once for a sequence, at the step in which it outgrows the model's positions."""
         limit = self.config.max_positions
-        assert step.cache is not None
-        for length, count in zip(step.cache.lengths, step.counts, strict=True):
-            if length <= limit < length + count:
+        starts = [0] * len(step.counts) if step.cache is None else step.cache.lengths
+        for start, count in zip(starts, step.counts, strict=True):
+            if start <= limit < start + count:
                 warnings.warn(
-                    f"{length + count} tokens are beyond the model's {limit} positions: it extrapolates",
-                    stacklevel=3,
+                    f"{start + count} tokens, and the model has {limit} positions: it extrapolates", stacklevel=3
                 )
 
 

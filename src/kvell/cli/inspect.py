@@ -1,6 +1,7 @@
 """`kvell inspect`: a model's config resolved, layer by layer."""
 
 import json
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -124,7 +125,7 @@ def _stream_rows(streams: list[dict[str, Any]]) -> list[tuple[str, ...]]:
     return [(*group, " ".join(map(str, layers))) for group, layers in groups.items()]
 
 
-def _grid(rows: list[tuple[str, ...]], *, header: bool = True) -> "Table":
+def _grid(rows: Sequence[tuple[str, ...]], *, header: bool = True) -> "Table":
     from rich.table import Table
 
     table = Table(box=None, show_header=header, pad_edge=False, header_style="bold")
