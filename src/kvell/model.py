@@ -44,6 +44,9 @@ class Decoder(nn.Module):
         self.norm = RMSNorm(config.hidden_size, config.norm_eps)
         if not config.tied_head:
             self.head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        self._sources = frozenset(
+            layer.attention.kv_source for layer in config.layers if layer.attention.kv_source is not None
+        )
         self._last_writer = max(layer for layer, _ in config.streams())
         self.reset_parameters()
 
@@ -74,7 +77,7 @@ class Decoder(nn.Module):
         lengths = list(counts) if counts is not None else [tokens.shape[1]] * tokens.shape[0]
         if cache is not None:
             cache.begin_step(lengths)
-        step = Step.of(tokens.flatten(), lengths, cache)
+        step = Step.of(tokens.flatten(), lengths, cache, self._sources)
         self._warn_of_length(step)
         with torch.set_grad_enabled(torch.is_grad_enabled() and cache is None):
             logits = self._head(self._run(step, last_only))

@@ -17,29 +17,30 @@ from kvell.layers.rotary import DefaultRotary, ProportionalRotary, RotaryTable, 
 
 @dataclass
 class Step:
-    """One step: `counts[b]` new tokens of sequence b, whose first stands at position `starts[b]`.
+    """One step: `counts[b]` new tokens of sequence b, at their `positions`.
 
     `made` is what earlier layers of this step leave for later ones, by the index of the layer that made it: the keys
     and values that sharing layers read. It holds this step's tensors themselves, so sharing works without a cache,
-    and gradients flow through it.
+    and gradients flow through it. `sources` are the layers that any other reads; nothing else is kept alive.
     """
 
     tokens: Int[Tensor, " T"]
     counts: list[int]
     positions: Int[Tensor, " T"]
     cache: Cache | None = None
+    sources: frozenset[int] = frozenset()
     made: dict[int, Any] = field(default_factory=dict)
     _rows: Int[Tensor, " W"] | None = None
     _tables: dict[Any, RotaryTable] = field(default_factory=dict)
 
     @classmethod
-    def of(cls, tokens: Int[Tensor, " T"], counts: list[int], cache: Cache | None = None) -> "Step":
+    def of(cls, tokens: Int[Tensor, " T"], counts: list[int], cache: Cache | None, sources: frozenset[int]) -> "Step":
         """A step that continues each sequence where its cache stands, or at 0 without one."""
         starts = [0] * len(counts) if cache is None else cache.lengths
         positions = [
             torch.arange(start, start + n, device=tokens.device) for start, n in zip(starts, counts, strict=True)
         ]
-        return cls(tokens, counts, torch.cat(positions), cache)
+        return cls(tokens, counts, torch.cat(positions), cache, sources)
 
     def append(self, layer: int, name: str, rows: Shaped[Tensor, "T width"]) -> list[Shaped[Tensor, "_ width"]]:
         """Gives each sequence its new rows of a layer's stream, and returns all the rows each may see.
@@ -54,6 +55,11 @@ class Step:
             for index, (piece, count) in enumerate(zip(pieces, self.counts, strict=True))
         ]
 
+    def leave(self, layer: int, made: Any) -> None:
+        """Leaves what a layer made, if a later layer reads it."""
+        if layer in self.sources:
+            self.made[layer] = made
+
     def rotary(
         self, rotary: DefaultRotary | ProportionalRotary | YarnRotary, head_dim: int, dtype: torch.dtype
     ) -> RotaryTable:
@@ -67,7 +73,13 @@ class Step:
         """The same step narrowed to the last token of each sequence; it shares what was made, and appends nothing."""
         ends = torch.tensor(self.counts, device=self.tokens.device).cumsum(0) - 1
         return Step(
-            self.tokens[ends], [1] * len(self.counts), self.positions[ends], self.cache, self.made, _rows=ends
+            self.tokens[ends],
+            [1] * len(self.counts),
+            self.positions[ends],
+            self.cache,
+            self.sources,
+            self.made,
+            _rows=ends,
         )
 
     def select(self, x: Shaped[Tensor, "T *rest"]) -> Shaped[Tensor, "W *rest"]:

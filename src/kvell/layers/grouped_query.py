@@ -117,7 +117,8 @@ class GroupedQueryAttention(nn.Module):
     def forward(self, x: Float[Tensor, "T C"], step: "Step", wanted: "Step | None" = None) -> Float[Tensor, "W C"]:
         """`wanted` narrows the queries to some of the step's tokens: W = T without it."""
         if self.config.kv_source is None:
-            step.made[self.index] = seen = self._make(x, step)
+            seen = self._make(x, step)
+            step.leave(self.index, seen)
         else:
             seen = step.made[self.config.kv_source]
         if wanted is not None:

@@ -1,0 +1,80 @@
+"""`kvell inspect`: what it says of a model, and how it refuses."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from kvell.cli import main
+
+
+def run(capsys: pytest.CaptureFixture[str], *arguments: str) -> tuple[int, str, str]:
+    code = main(["inspect", *arguments])
+    output = capsys.readouterr()
+    return code, output.out, output.err
+
+
+def test_gemma_4_e2b_is_resolved_layer_by_layer(capsys: pytest.CaptureFixture[str]) -> None:
+    """Shapes and rules: Gemma 4's released config."""
+    code, out, _ = run(capsys, "gemma-4-e2b", "--json")
+    model = json.loads(out)
+    layers = model["layers"]
+    assert code == 0
+    assert model["parameters"] == 4_628_569_344
+    assert len(layers) == 35
+    full = [layer["layer"] for layer in layers if layer["sliding_window"] is None]
+    assert full == [4, 9, 14, 19, 24, 29, 34]
+    assert {layer["head_dim"] for layer in layers if layer["layer"] in full} == {512}
+    assert {layer["head_dim"] for layer in layers if layer["layer"] not in full} == {256}
+    assert [layer["kv_source"] for layer in layers[:15]] == [None] * 15
+    assert [layer["kv_source"] for layer in layers[15:]] == [13, 13, 13, 13, 14] * 4
+    assert [layer["feed_forward"] for layer in layers] == ["gated 6144"] * 15 + ["gated 12288"] * 20
+    assert {(s["layer"], s["past_rows"]) for s in model["streams"]} == {
+        (index, None if index in full else 511) for index in range(15)
+    }
+
+
+def test_laguna_is_resolved_layer_by_layer(capsys: pytest.CaptureFixture[str]) -> None:
+    """Shapes and rules: Laguna XS.2's released config."""
+    _, out, _ = run(capsys, "laguna-xs.2", "--json")
+    layers = json.loads(out)["layers"]
+    assert [layer["num_heads"] for layer in layers] == [48, 64, 64, 64] * 10
+    assert [layer["sliding_window"] for layer in layers] == [None, 512, 512, 512] * 10
+    assert {layer["num_kv_heads"] for layer in layers} == {8}
+    assert layers[0]["feed_forward"] == "gated 8192"
+    assert layers[1]["feed_forward"] == "8 of 256 experts of 512 + shared 512"
+
+
+def test_the_table_shows_what_the_json_holds(capsys: pytest.CaptureFixture[str]) -> None:
+    code, out, err = run(capsys, "gemma-4-e2b")
+    assert (code, err) == (0, "")
+    row = next(line for line in out.splitlines() if line.split()[:1] == ["19"])
+    assert "8         1         512  full    layer 14" in row
+    assert "4,628,569,344" in out
+    assert "last 511" in out
+
+
+@pytest.mark.parametrize(
+    ("contents", "message"),
+    [
+        ("{", "config.json cannot be read"),
+        ("[]", "holds no JSON object"),
+        ('{"model_type": "llama"}', "unknown model_type 'llama', known are kvell, gemma4, gemma4_text, laguna"),
+        ('{"model_type": "laguna"}', "num_hidden_layers is missing"),
+    ],
+)
+def test_a_wrong_config_is_one_line_and_exit_1(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path, contents: str, message: str
+) -> None:
+    (tmp_path / "config.json").write_text(contents)
+    code, out, err = run(capsys, str(tmp_path))
+    assert (code, out) == (1, "")
+    assert err.startswith("error: ")
+    assert message in err
+    assert err.count("\n") == 1
+
+
+def test_an_unknown_name_lists_the_built_in_ones(capsys: pytest.CaptureFixture[str]) -> None:
+    code, _, err = run(capsys, "gemma-5")
+    assert code == 1
+    assert "gemma-4-e2b, gemma-4-e4b, laguna-xs-2.1, laguna-xs.2" in err
