@@ -16,7 +16,7 @@ from kvell.cache.stream import Stream, StreamSpec
 from kvell.errors import CacheError
 
 if TYPE_CHECKING:
-    from kvell.model import Decoder
+    from kvell.cache.file import CacheMaker
 
 StreamKey = tuple[int, str]  # the layer's index and the stream's name
 StreamSpecs = Mapping[StreamKey, StreamSpec]
@@ -154,7 +154,7 @@ class Cache:
         save(self, Path(path))
 
     @staticmethod
-    def load(path: str | Path, model: "Decoder") -> "Cache":
+    def load(path: str | Path, model: "CacheMaker") -> "Cache":
         """A saved cache, for the model that made it. CacheError if it is another model's or is damaged."""
         from kvell.cache.file import load
 

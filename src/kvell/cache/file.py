@@ -2,7 +2,7 @@
 
 import json
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import Protocol
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -11,10 +11,18 @@ from kvell.cache.cache import Cache
 from kvell.errors import CacheError
 from kvell.files import write_safetensors
 
-if TYPE_CHECKING:
-    from kvell.model import Decoder
-
 FORMAT = "kvell cache 1"
+
+
+class CacheMaker(Protocol):
+    """What a saved cache needs of its model."""
+
+    @property
+    def dtype(self) -> torch.dtype: ...
+
+    def fingerprint(self) -> str: ...
+
+    def make_cache(self, batch_size: int, max_rewind: int, max_length: int | None) -> Cache: ...
 
 
 def save(cache: Cache, path: Path) -> None:
@@ -38,7 +46,7 @@ def save(cache: Cache, path: Path) -> None:
     write_safetensors(path, tensors, {"kvell": json.dumps(header)})
 
 
-def load(path: Path, model: "Decoder") -> Cache:
+def load(path: Path, model: CacheMaker) -> Cache:
     try:
         with safe_open(path, "pt") as file:
             header = json.loads((file.metadata() or {}).get("kvell", "{}"))
