@@ -64,9 +64,7 @@ class MockModel(nn.Module):
         self.device = torch.device("cpu")
         self.dtype = torch.float32
 
-    def make_cache(
-        self, batch_size: int = 1, max_rewind: int = 0, max_length: int | None = None
-    ) -> MockCache:
+    def make_cache(self, batch_size: int = 1, max_rewind: int = 0, max_length: int | None = None) -> MockCache:
         return MockCache(batch_size=batch_size)
 
     def forward(self, tokens: Tensor, cache: MockCache, last_only: bool = False) -> Tensor:
@@ -81,7 +79,7 @@ class MockModel(nn.Module):
         return torch.randn(1, 1, self.config.vocab_size, generator=generator)
 
 
-def byte_level_backend(corpus: Sequence[str] = CORPUS) -> tokenizers.Tokenizer:
+def byte_level_backend(added: Sequence[str] = ()) -> tokenizers.Tokenizer:
     """Byte-level BPE, with special tokens and with tokens that were added as plain text."""
     backend = tokenizers.Tokenizer(models.BPE())
     backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
@@ -92,8 +90,8 @@ def byte_level_backend(corpus: Sequence[str] = CORPUS) -> tokenizers.Tokenizer:
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
         show_progress=False,
     )
-    backend.train_from_iterator(corpus, trainer)
-    backend.add_tokens(["日本語", "déjà"])
+    backend.train_from_iterator(CORPUS, trainer)
+    backend.add_tokens(["日本語", *added])
     return backend
 
 

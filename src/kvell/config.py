@@ -5,7 +5,6 @@ it reads, which feed-forward, where the norms stand.
 """
 
 import hashlib
-import json
 from pathlib import Path
 from typing import Any, Literal, Self
 
@@ -108,7 +107,8 @@ class ModelConfig(Part):
         return read_config(path)
 
     def to_json(self) -> str:
-        return json.dumps(self.model_dump(mode="json", exclude_defaults=True) | {"model_type": "kvell"}, indent=2)
+        """Kvell's own config.json, every field spelled out."""
+        return self.model_dump_json(indent=2)
 
 
 def one_line(error: ValidationError, where: str) -> str:

@@ -120,7 +120,7 @@ class StopStrings:
 
     def _beginning_at_end(self, text: str) -> int:
         """How many last characters of `text` are the beginning of a stop string."""
-        longest = max((len(stop) - 1 for stop in self._stop), default=0)
+        longest = max(map(len, self._stop), default=0)
         for length in range(min(longest, len(text)), 0, -1):
             if any(stop.startswith(text[-length:]) for stop in self._stop):
                 return length

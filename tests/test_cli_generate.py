@@ -1,0 +1,360 @@
+"""`kvell generate`, and what every command has in common."""
+
+import io
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+from generation_mocks import MockConfig, MockModel, byte_level_backend, install
+
+from kvell.cli import main
+from kvell.generation import Tokenizer
+
+TOKENIZER = Tokenizer(byte_level_backend())
+PROMPT = "the cat"
+ANSWER = " sat on the mat 🙂"
+
+
+def answering(answer: str = ANSWER, **config: Any) -> MockModel:
+    size = TOKENIZER._backend.get_vocab_size()
+    prompt_length = len(TOKENIZER.encode(PROMPT))
+    return MockModel(
+        MockConfig(vocab_size=size, eos_token_ids=(1,), **config), [*TOKENIZER.encode(answer), 1], prompt_length
+    )
+
+
+@pytest.fixture
+def directory(tmp_path: Path) -> Path:
+    """A model's directory. Its weights are never read: `install` gives the model."""
+    TOKENIZER._backend.save(str(tmp_path / "tokenizer.json"))
+    return tmp_path
+
+
+@pytest.fixture(autouse=True)
+def model(monkeypatch: pytest.MonkeyPatch, directory: Path) -> MockModel:
+    model = answering()
+    install(monkeypatch, model, directory)
+    return model
+
+
+def stdin_of(monkeypatch: pytest.MonkeyPatch, content: bytes) -> None:
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(content)))
+
+
+# The result
+
+
+def test_the_text_goes_to_stdout_and_the_table_to_stderr(directory: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["generate", str(directory), "--prompt", PROMPT]) == 0
+    out, err = capsys.readouterr()
+    assert out == ANSWER + "\n"
+    rows = dict(re.split(r"  +", line.strip(), maxsplit=1) for line in err.strip().splitlines())
+    tokens = len(TOKENIZER.encode(ANSWER)) + 1
+    held = len(TOKENIZER.encode(PROMPT)) + tokens - 1
+    assert rows["tokens in"] == str(len(TOKENIZER.encode(PROMPT)))
+    assert rows["tokens out"] == f"{tokens} (eos)"
+    assert rows["cache"] == f"{2 * held} bytes"
+    assert rows["full attention would hold"] == f"{held:.1f} kB"
+    assert re.fullmatch(r"\d+\.\d\d s", rows["time to first token"])
+    assert re.fullmatch(r"\d+\.\d tokens/s", rows["prefill"])
+    assert re.fullmatch(r"\d+\.\d tokens/s", rows["decode"])
+
+
+def test_json_is_one_object_and_nothing_else(directory: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["generate", str(directory), "--prompt", PROMPT, "--json"]) == 0
+    out, err = capsys.readouterr()
+    report = json.loads(out)
+    ids = [*TOKENIZER.encode(ANSWER), 1]
+    held = report["prompt_tokens"] + len(ids) - 1
+    assert err == ""
+    assert min(report.pop("seconds_to_first_token"), report.pop("prefill_tokens_per_second")) > 0
+    assert report.pop("decode_tokens_per_second") > 0
+    assert report == {
+        "prompt_tokens": len(TOKENIZER.encode(PROMPT)),
+        "tokens": len(ids),
+        "token_ids": ids,
+        "text": ANSWER,
+        "finish_reason": "eos",
+        "cache_bytes": 2 * held,
+        "full_attention_bytes": 1000 * held,
+    }
+
+
+def test_text_is_shown_before_the_next_token_is_computed(
+    directory: Path, model: MockModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    stdout, seen = io.BytesIO(), []
+    monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(stdout, "utf-8"))
+    model.register_forward_pre_hook(lambda *_: seen.append(stdout.getvalue().decode()))
+    assert main(["generate", str(directory), "--prompt", PROMPT]) == 0
+    ids = TOKENIZER.encode(ANSWER)
+    assert seen[1:4] == [TOKENIZER.decode(ids[:count]) for count in (1, 2, 3)]
+
+
+def test_a_single_token_has_no_decode_rate(directory: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    arguments = ["generate", str(directory), "--prompt", PROMPT, "--max-new-tokens", "1"]
+    assert main([*arguments, "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["decode_tokens_per_second"] is None
+    assert main(arguments) == 0
+    assert re.search(r"decode +-\n", capsys.readouterr().err)
+
+
+def test_options_reach_the_generation(
+    directory: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import kvell.generation
+
+    seen: dict[str, Any] = {}
+    real = kvell.generation.generate
+
+    def spy(model: Any, prompt_ids: Any, **settings: Any) -> Any:
+        seen.update(settings)
+        return real(model, prompt_ids, **settings)
+
+    monkeypatch.setattr(kvell.generation, "generate", spy)
+    options = "--max-new-tokens 9 --temperature 0.5 --top-k 4 --top-p 0.9 --min-p 0.1 --seed 3 --stop on --stop at"
+    assert main(["generate", str(directory), "--prompt", PROMPT, *options.split()]) == 0
+    expected = {
+        "max_new_tokens": 9, "temperature": 0.5, "top_k": 4, "top_p": 0.9, "min_p": 0.1, "seed": 3,
+        "stop": ["on", "at"],
+    }  # fmt: skip
+    assert {name: seen[name] for name in expected} == expected
+
+
+def test_a_stop_string_is_not_shown(directory: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["generate", str(directory), "--prompt", PROMPT, "--stop", " on the"]) == 0
+    out, err = capsys.readouterr()
+    assert out == " sat\n"
+    assert "(stop)" in err
+
+
+def test_dtype_device_and_threads_are_taken(directory: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import torch
+
+    import kvell
+
+    loaded: dict[str, Any] = {}
+    monkeypatch.setattr(
+        kvell, "from_pretrained", lambda path, **options: loaded.update(options, path=path) or answering()
+    )
+    threads: list[int] = []
+    monkeypatch.setattr(torch, "set_num_threads", threads.append)
+    options = ["--dtype", "bfloat16", "--device", "cpu", "--threads", "1"]
+    assert main(["generate", str(directory), "--prompt", PROMPT, *options]) == 0
+    assert loaded == {"path": directory, "dtype": torch.bfloat16, "device": torch.device("cpu")}
+    assert threads == [1]
+    assert main(["generate", str(directory), "--prompt", PROMPT]) == 0
+    assert loaded["dtype"] is None, "as stored"
+
+
+# Where the prompt comes from
+
+
+@pytest.mark.parametrize("arguments", [["-"], ["DIRECTORY", "-"], ["--prompt-file", "-"], ["--prompt", PROMPT]])
+def test_a_prompt_comes_from_stdin_or_the_command_line(
+    arguments: list[str], directory: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    stdin_of(monkeypatch, PROMPT.encode())
+    assert main(["generate", *(str(directory) if a == "DIRECTORY" else a for a in arguments)]) == 0
+    assert capsys.readouterr().out == ANSWER + "\n"
+
+
+def test_a_prompt_file_is_read_as_it_is(
+    directory: Path, model: MockModel, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file = directory / "prompt.txt"
+    file.write_bytes("naïve\r\n".encode())
+    assert main(["generate", str(directory), "--prompt-file", str(file), "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["prompt_tokens"] == len(TOKENIZER.encode("naïve\r\n"))
+
+
+# What is refused
+
+
+def refused(arguments: Sequence[str], capsys: pytest.CaptureFixture[str]) -> str:
+    """The one line that a command which fails says."""
+    code = main(["generate", *arguments])
+    out, err = capsys.readouterr()
+    assert (code, out) == (1, "")
+    assert re.fullmatch(r"error: [^\n]+\n", err)
+    return err.removeprefix("error: ").rstrip("\n")
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ([], "no prompt is given: use one of --prompt TEXT, --prompt-file FILE, or - for stdin"),
+        (["--prompt", "a", "--prompt-file", "b"], "more than one prompt is given"),
+        (["-", "--prompt", "a"], "more than one prompt is given"),
+        (["hello"], "argument hello is not understood"),
+        (["--prompt", ""], "the prompt is empty"),
+        (["--prompt", "caf\udce9"], "the text holds a lone surrogate"),
+        (["--prompt-file", "/no/such/file"], "the prompt file /no/such/file cannot be read: No such file"),
+        (["--prompt-file", "/"], "the prompt file / cannot be read: Is a directory"),
+        (["--prompt", "a", "--dtype", "float8"], "dtype float8 is unknown: use one of bfloat16, float32, float16"),
+        (["--prompt", "a", "--device", "tpu"], "device tpu is not to be had here: use one of cpu"),
+        (["--prompt", "a", "--threads", "0"], "threads 0 is less than 1"),
+        (["--prompt", "a", "--temperature", "-1"], "temperature -1.0 is not"),
+        (["--prompt", "a", "--top-p", "0"], "top_p 0.0 is not"),
+        (["--prompt", "a", "--max-new-tokens", "0"], "max_new_tokens 0 is less than 1"),
+        (["--prompt", "a", "--stop", ""], "a stop string is empty"),
+    ],
+    ids=lambda value: " ".join(value).encode(errors="replace").decode() if isinstance(value, list) else "",
+)
+def test_wrong_input_is_one_line(
+    options: list[str], message: str, directory: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert refused([str(directory), *options], capsys).startswith(message)
+
+
+@pytest.mark.parametrize("source", ["file", "stdin"])
+def test_a_prompt_that_is_not_utf8_says_which_byte(
+    source: str, directory: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file = directory / "prompt.txt"
+    file.write_bytes(b"abc\xffdef")
+    stdin_of(monkeypatch, b"abc\xffdef")
+    line = refused([str(directory), "--prompt-file", str(file) if source == "file" else "-"], capsys)
+    named = str(file) if source == "file" else "stdin"
+    assert line == f"{named} is not UTF-8: byte 0xff at offset 3 (invalid start byte)"
+
+
+def test_a_model_that_is_not_there_is_named(capsys: pytest.CaptureFixture[str]) -> None:
+    assert refused(["no/such/model", "--prompt", "a"], capsys).startswith("no/such/model is neither")
+
+
+def test_an_error_of_several_lines_becomes_one(
+    directory: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    import kvell
+    from kvell.errors import CheckpointError
+
+    def fail(*_: Any, **__: Any) -> None:
+        raise CheckpointError("damaged\n  in two ways")
+
+    monkeypatch.setattr(kvell, "from_pretrained", fail)
+    assert refused([str(directory), "--prompt", "a"], capsys) == "damaged in two ways"
+
+
+@pytest.mark.parametrize(
+    "arguments", [["generate", "--no-such-option"], ["no-such-command"], ["generate", "a", "b", "c"]]
+)
+def test_wrong_usage_is_one_line_and_exit_code_2(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(arguments) == 2
+    assert re.fullmatch(r"error: [^\n]+\n", capsys.readouterr().err)
+
+
+def test_a_warning_is_one_line(
+    directory: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    install(monkeypatch, answering(max_positions=8), directory)
+    assert main(["generate", str(directory), "--prompt", PROMPT, "--json"]) == 0
+    assert re.fullmatch(r"warning: the text may reach \d+ tokens [^\n]+\n", capsys.readouterr().err)
+
+
+# The process
+
+
+def start(code: str, *arguments: str, **streams: Any) -> subprocess.Popen[bytes]:
+    """The command line as a process of its own, after `code` has prepared it."""
+    script = f"import sys; {code}; from kvell.cli import main; sys.exit(main())"
+    here = str(Path(__file__).parent)
+    path = os.pathsep.join(filter(None, [here, os.environ.get("PYTHONPATH")]))
+    return subprocess.Popen(
+        [sys.executable, "-c", script, *arguments],
+        env={**os.environ, "PYTHONPATH": path, "PYTHONUNBUFFERED": ""},
+        **{"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, **streams},
+    )
+
+
+def endless(directory: Path) -> str:
+    """Prepares a process with a model that never stops."""
+    return (
+        "import pytest, pathlib, generation_mocks as mocks;"
+        f"config = mocks.MockConfig({TOKENIZER._backend.get_vocab_size()}, max_positions=10**9);"
+        f"path = pathlib.Path({str(directory)!r});"
+        "mocks.install(pytest.MonkeyPatch(), mocks.MockModel(config, delay=0.001), path)"
+    )
+
+
+ENDLESS = ("generate", "--prompt", PROMPT, "--max-new-tokens", "1000000")
+
+
+def test_ctrl_c_ends_with_130_and_no_traceback(directory: Path) -> None:
+    process = start(endless(directory), *ENDLESS)
+    assert process.stdout is not None
+    assert process.stdout.read(20)
+    process.send_signal(signal.SIGINT)
+    _, err = process.communicate(timeout=30)
+    assert (process.returncode, err) == (130, b"")
+
+
+def test_ctrl_c_outside_a_command_is_no_traceback_either(monkeypatch: pytest.MonkeyPatch) -> None:
+    def interrupted(*_: Any, **__: Any) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("kvell.cli.application", interrupted)
+    assert main(["generate"]) == 130
+
+
+def test_a_reader_that_leaves_ends_the_text_quietly(directory: Path) -> None:
+    process = start(endless(directory), *ENDLESS)
+    assert process.stdout is not None
+    assert process.stdout.read(20)
+    process.stdout.close()
+    assert process.stderr is not None
+    assert process.stderr.read() == b""
+    assert process.wait(timeout=30) == 1
+
+
+def test_a_reader_that_has_left_before_the_json_comes_is_no_traceback(directory: Path) -> None:
+    process = start(endless(directory), *ENDLESS[:-1], "5", "--json")
+    assert process.stdout is not None
+    process.stdout.close()
+    assert process.stderr is not None
+    assert process.stderr.read() == b""
+    assert process.wait(timeout=30) == 1
+
+
+def test_progress_is_shown_on_a_terminal_only(directory: Path) -> None:
+    pty = pytest.importorskip("pty")
+    leader, follower = pty.openpty()
+    process = start(endless(directory), *ENDLESS[:-1], "2", stderr=follower)
+    process.communicate(timeout=60)
+    os.close(follower)
+    terminal = os.read(leader, 100_000)
+    os.close(leader)
+    assert b"prompt" in terminal
+    process = start(endless(directory), *ENDLESS[:-1], "2")
+    _, err = process.communicate(timeout=60)
+    assert process.returncode == 0
+    assert b"prompt" not in err
+
+
+def test_characters_that_stdout_lacks_are_replaced(directory: Path) -> None:
+    process = start("sys.stdout.reconfigure(encoding='ascii');" + endless(directory), *ENDLESS[:-1], "50")
+    out, err = process.communicate(timeout=60)
+    assert (process.returncode, b"?" in out, b"Traceback" in err) == (0, True, False)
+
+
+@pytest.mark.parametrize("arguments", [["--help"], ["generate", "--help"], ["--version"], []], ids=" ".join)
+def test_help_comes_without_loading_torch(arguments: list[str]) -> None:
+    check = "import atexit; atexit.register(lambda: print('torch' in sys.modules, 'rich' in sys.modules))"
+    process = start(check, *arguments)
+    out, err = process.communicate(timeout=30)
+    assert (process.returncode, err) == (0, b"")
+    assert out.endswith(b"False False\n")
+    assert out.startswith(b"kvell " if arguments == ["--version"] else b"Usage: kvell")
+
+
+def test_kvell_runs_as_a_module() -> None:
+    process = subprocess.run([sys.executable, "-m", "kvell", "generate"], capture_output=True, check=False)
+    assert process.returncode == 1
+    assert process.stderr.startswith(b"error: no prompt is given")
