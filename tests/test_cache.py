@@ -59,7 +59,7 @@ def test_a_stream_holds_the_newest_rows_within_its_bound(
     for count in chunks:
         held = cache.sequences[0].streams[0, "rows"].count
         rows = torch.arange(total, total + count)[:, None].expand(-1, 2).float()
-        cache.begin_step([count])
+        cache.check_step([count])
         visible = cache.append(0, (0, "rows"), rows, count)
         cache.end_step([count])
         total += count
@@ -111,7 +111,7 @@ def test_no_step_copies_the_past(monkeypatch: pytest.MonkeyPatch) -> None:
         moved = 0
         cache = Cache({(0, "rows"): StreamSpec("rows", 1, past)})
         for _ in range(5000):
-            cache.begin_step([1])
+            cache.check_step([1])
             cache.append(0, (0, "rows"), torch.zeros(1, 1), 1)
             cache.end_step([1])
         assert moved < 10 * 5000  # copying the past at every step would move millions
@@ -221,7 +221,7 @@ chunk = {key: torch.randn(4096, spec.width).bfloat16() for key, spec in config.s
 cache = kvell.Cache(config.streams(), dtype=torch.bfloat16, max_length=131072 if reserve else None)
 before = process.memory_info().rss
 for _ in range(131072 // 4096):
-    cache.begin_step([4096])
+    cache.check_step([4096])
     for key, rows in chunk.items():
         cache.append(0, key, rows, 4096)
     cache.end_step([4096])

@@ -58,6 +58,12 @@ class ModelConfig(Part):
     eos_token_ids: tuple[NonNegativeInt, ...] = ()
     pad_token_id: NonNegativeInt | None = None
 
+    def __init__(self, **fields: Any) -> None:
+        try:
+            super().__init__(**fields)
+        except ValidationError as error:
+            raise ConfigError(one_line(error, "config")) from None
+
     @model_validator(mode="after")
     def _layers_fit_together(self) -> Self:
         if not self.layers:
@@ -87,16 +93,17 @@ class ModelConfig(Part):
         }
 
     def digest(self) -> str:
-        """A short name for exactly this description."""
-        return hashlib.sha256(self.model_dump_json().encode()).hexdigest()[:16]
+        """A short name for the mathematics described: whatever a token's logits depend on, besides the weights."""
+        other = {"family", "max_positions", "initializer_range", "bos_token_id", "eos_token_ids", "pad_token_id"}
+        return hashlib.sha256(self.model_dump_json(exclude=other).encode()).hexdigest()[:16]
 
     @classmethod
     def from_dict(cls, values: dict[str, Any], where: str = "config") -> Self:
         """A config from Kvell's own JSON. ConfigError, in one line, if it cannot be built."""
         try:
             return cls.model_validate(values)
-        except ValidationError as error:
-            raise ConfigError(one_line(error, where)) from None
+        except ConfigError as error:
+            raise ConfigError(where + str(error).removeprefix("config")) from None
 
     @classmethod
     def from_pretrained(cls, path: str | Path) -> "ModelConfig":

@@ -18,7 +18,7 @@ def write_safetensors(path: Path, tensors: Mapping[str, Tensor], metadata: dict[
     """Writes one file; whatever stood at `path` stays until the new file is whole. CheckpointError if it fails."""
     with beside(path.parent) as scratch:
         save_to(scratch / path.name, tensors, metadata)
-        os.replace(scratch / path.name, path)
+        move_in(scratch, path.parent, [path.name])
 
 
 def save_to(path: Path, tensors: Mapping[str, Tensor], metadata: dict[str, str] | None = None) -> None:
@@ -29,6 +29,15 @@ def save_to(path: Path, tensors: Mapping[str, Tensor], metadata: dict[str, str] 
     path.chmod(permissions)
     with open(path, "rb") as file:
         os.fsync(file.fileno())
+
+
+def move_in(scratch: Path, folder: Path, names: list[str]) -> None:
+    """Renames finished files into their places, in this order; none if any place is taken by a directory."""
+    for name in names:
+        if (folder / name).is_dir():
+            raise IsADirectoryError(f"{folder / name} is a directory")
+    for name in names:
+        os.replace(scratch / name, folder / name)
 
 
 @contextmanager

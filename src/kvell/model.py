@@ -18,7 +18,7 @@ from torch.utils.checkpoint import checkpoint
 
 from kvell.cache import Cache
 from kvell.config import ModelConfig, NormPlacement
-from kvell.errors import InputError
+from kvell.errors import CacheError, InputError
 from kvell.layers.norms import RMSNorm
 from kvell.layers.part import Site
 from kvell.layers.per_layer_embedding import MappedTable
@@ -47,7 +47,8 @@ class Decoder(nn.Module):
         self._sources = frozenset(
             layer.attention.kv_source for layer in config.layers if layer.attention.kv_source is not None
         )
-        self._last_writer = max(layer for layer, _ in config.streams())
+        self._streams = config.streams()
+        self._last_writer = max(layer for layer, _ in self._streams)
         self.reset_parameters()
 
     @property
@@ -73,22 +74,23 @@ class Decoder(nn.Module):
         cache's sequence i, none sees another, and the logits are (1, sum of counts, V), or (1, sequences, V) with
         `last_only`. InputError for tokens that cannot be; CacheError for a cache that does not fit.
         """
-        rows = self._rows(tokens, counts)
+        self._check_tokens(tokens, counts)
         lengths = list(counts) if counts is not None else [tokens.shape[1]] * tokens.shape[0]
         if cache is not None:
-            cache.begin_step(lengths)
+            self._check_cache(cache)
+            cache.check_step(lengths)
         step = Step.of(tokens.flatten(), lengths, cache, self._sources)
         self._warn_of_length(step)
         with torch.set_grad_enabled(torch.is_grad_enabled() and cache is None):
             logits = self._head(self._run(step, last_only))
         if cache is not None:
             cache.end_step(lengths)
-        return logits.unflatten(0, (rows, -1))
+        return logits.unflatten(0, (tokens.shape[0], -1))
 
     def make_cache(self, batch_size: int = 1, max_rewind: int = 0, max_length: int | None = None) -> Cache:
         """An empty cache for this model; see Cache."""
         return Cache(
-            self.config.streams(),
+            self._streams,
             batch_size,
             max_rewind,
             max_length,
@@ -112,12 +114,10 @@ class Decoder(nn.Module):
 
     def fingerprint(self) -> str:
         """Tells this model's weights from another's, by its config and a few values of every tensor."""
-        digest = hashlib.sha256(self.config.digest().encode())
-        for name, tensor in self.named_tensors():
-            stride = max(tensor.numel() // 4, 1)
-            digest.update(f"{name}{tuple(tensor.shape)}".encode())
-            digest.update(repr(tensor.detach().flatten()[::stride].tolist()).encode())
-        return digest.hexdigest()[:32]
+        tensors = dict(sorted(self.named_tensors()))
+        some = [t.detach().flatten()[:: max(t.numel() // 4, 1)].to(self.embedding.weight) for t in tensors.values()]
+        described = f"{self.config.digest()} {[(name, tuple(t.shape)) for name, t in tensors.items()]}"
+        return hashlib.sha256(f"{described} {torch.cat(some).tolist()}".encode()).hexdigest()[:32]
 
     def save_pretrained(self, path: str | Path, *, max_shard_bytes: int = 4 * 2**30) -> None:
         """Writes config.json and safetensors: in the released family's own format where the config came from one
@@ -167,12 +167,16 @@ class Decoder(nn.Module):
         cap = self.config.logit_softcap
         return logits if cap is None else torch.tanh(logits / cap) * cap
 
-    def _rows(self, tokens: Tensor, counts: Sequence[int] | None) -> int:
-        """Rows of the logits; InputError for tokens that cannot be."""
+    def _check_tokens(self, tokens: Tensor, counts: Sequence[int] | None) -> None:
+        """InputError for tokens that cannot be."""
+        if not isinstance(tokens, Tensor):
+            raise InputError(f"tokens must be a tensor, not {type(tokens).__name__}")
+        if tokens.device != self.device:
+            raise InputError(f"the tokens are on {tokens.device}, the model is on {self.device}")
         if tokens.dim() != 2 or tokens.numel() == 0:
             raise InputError(f"tokens must be (batch, tokens), at least one of each, not {tuple(tokens.shape)}")
         if tokens.dtype not in (torch.int64, torch.int32):
-            raise InputError(f"tokens must be integers, not {tokens.dtype}")
+            raise InputError(f"tokens must be int64 or int32, not {tokens.dtype}")
         if counts is not None and (tokens.shape[0] != 1 or sum(counts) != tokens.shape[1] or min(counts) < 1):
             raise InputError(f"counts {list(counts)} do not lay out tokens of the shape {tuple(tokens.shape)}")
         if tokens.device.type == "cpu":  # on an accelerator looking would make it wait
@@ -180,16 +184,23 @@ class Decoder(nn.Module):
             if low < 0 or high >= self.config.vocab_size:
                 wrong = low if low < 0 else high
                 raise InputError(f"token id {wrong} is outside the vocabulary of {self.config.vocab_size}")
-        return tokens.shape[0]
+
+    def _check_cache(self, cache: Cache) -> None:
+        """CacheError for a cache that was made for a model of other streams, dtype or device."""
+        if cache.specs != self._streams:
+            raise CacheError("the cache was made for another model: its streams are not this model's")
+        if (cache.dtype, cache.device) != (self.dtype, self.device):
+            mine, its = f"{self.dtype} on {self.device}", f"{cache.dtype} on {cache.device}"
+            raise CacheError(f"the cache holds {its}, the model is {mine}: make a cache after moving the model")
 
     def _warn_of_length(self, step: Step) -> None:
-        """Once for a sequence, at the step in which it outgrows the model's positions."""
+        """At the step in which a sequence outgrows the model's positions."""
         limit = self.config.max_positions
         starts = [0] * len(step.counts) if step.cache is None else step.cache.lengths
         for start, count in zip(starts, step.counts, strict=True):
             if start <= limit < start + count:
                 warnings.warn(
-                    f"{start + count} tokens, and the model has {limit} positions: it extrapolates", stacklevel=3
+                    f"{start + count} tokens, and the model has {limit} positions: it extrapolates", stacklevel=5
                 )
 
 
@@ -220,7 +231,7 @@ class Layer(nn.Module):
         if wanted is not None:
             h, step = wanted.select(h), wanted
             inputs = None if inputs is None else wanted.select(inputs)
-            _, reading = self.attention_frame.read(h)
+            _, reading = self.attention_frame.read(h)  # a reading is about its tokens: these are fewer
         h = self.attention_frame.write(h, y, reading)
 
         x, reading = self.feed_forward_frame.read(h)

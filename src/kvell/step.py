@@ -12,7 +12,7 @@ from jaxtyping import Int, Shaped
 from torch import Tensor
 
 from kvell.cache import Cache
-from kvell.layers.rotary import DefaultRotary, ProportionalRotary, RotaryTable, YarnRotary, rotary_table
+from kvell.layers.rotary import AnyRotary, RotaryTable, rotary_table
 
 
 @dataclass
@@ -60,9 +60,7 @@ class Step:
         if layer in self.sources:
             self.made[layer] = made
 
-    def rotary(
-        self, rotary: DefaultRotary | ProportionalRotary | YarnRotary, head_dim: int, dtype: torch.dtype
-    ) -> RotaryTable:
+    def rotary(self, rotary: AnyRotary, head_dim: int, dtype: torch.dtype) -> RotaryTable:
         """cos and sin for this step's tokens, computed once for all layers that turn alike."""
         key = (rotary, head_dim, dtype)
         if key not in self._tables:

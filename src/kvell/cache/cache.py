@@ -6,6 +6,7 @@ forking, merging and saving are copies of rows.
 
 import dataclasses
 from collections.abc import Mapping, Sequence
+from operator import index
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -102,17 +103,20 @@ class Cache:
         CacheError if any sequence cannot: then none is changed.
         """
         self.check_whole()
-        amounts = [tokens] * self.batch_size if isinstance(tokens, int) else list(tokens)
+        try:
+            amounts = [index(t) for t in ([tokens] * self.batch_size if not isinstance(tokens, Sequence) else tokens)]
+        except TypeError:
+            raise CacheError(f"rewind takes a whole number of tokens, not {tokens!r}") from None
         if len(amounts) != self.batch_size:
             raise CacheError(f"rewind got {len(amounts)} amounts for {self.batch_size} sequences")
-        for index, (amount, sequence) in enumerate(zip(amounts, self.sequences, strict=True)):
+        for number, (amount, sequence) in enumerate(zip(amounts, self.sequences, strict=True)):
             if amount < 0:
                 raise CacheError(f"cannot rewind by a negative number of tokens: {amount}")
             if amount > sequence.length:
-                raise CacheError(f"cannot rewind sequence {index} by {amount}: it holds {sequence.length} tokens")
+                raise CacheError(f"cannot rewind sequence {number} by {amount}: it holds {sequence.length} tokens")
             if amount > sequence.rewindable:
                 raise CacheError(
-                    f"cannot rewind sequence {index} by {amount}: {sequence.rewindable} tokens can be taken back now"
+                    f"cannot rewind sequence {number} by {amount}: {sequence.rewindable} tokens can be taken back now"
                     f" (the cache was made with max_rewind={self.max_rewind})"
                 )
         for amount, sequence in zip(amounts, self.sequences, strict=True):
@@ -128,7 +132,9 @@ class Cache:
     def select(self, indices: Sequence[int]) -> "Cache":
         """An independent copy of these sequences, in this order; one may be named more than once."""
         self.check_whole()
-        return self._with([self.sequences[index].copy() for index in indices])
+        if unknown := [number for number in indices if not 0 <= number < self.batch_size]:
+            raise CacheError(f"there is no sequence {unknown[0]} in a cache of {self.batch_size}")
+        return self._with([self.sequences[number].copy() for number in indices])
 
     @staticmethod
     def merge(caches: Sequence["Cache"]) -> "Cache":
@@ -160,8 +166,8 @@ class Cache:
 
         return load(Path(path), model)
 
-    def begin_step(self, counts: Sequence[int]) -> None:
-        """A step of `counts[i]` new tokens for sequence i begins. CacheError if it does not fit; nothing changes."""
+    def check_step(self, counts: Sequence[int]) -> None:
+        """CacheError if a step of `counts[i]` new tokens for sequence i does not fit."""
         self.check_whole()
         if len(counts) != self.batch_size:
             raise CacheError(f"the step has {len(counts)} sequences, the cache {self.batch_size}")
@@ -169,11 +175,11 @@ class Cache:
             longest = max(sequence.length + n for sequence, n in zip(self.sequences, counts, strict=True))
             if longest > self.max_length:
                 raise CacheError(f"the cache was made for max_length={self.max_length} tokens, not {longest}")
-        self._step_open = True
 
-    def append(self, index: int, key: StreamKey, rows: Tensor, count: int) -> Tensor:
-        """Adds sequence `index`'s rows (n, width) for this step's `count` tokens; returns all it may see."""
-        sequence = self.sequences[index]
+    def append(self, number: int, key: StreamKey, rows: Tensor, count: int) -> Tensor:
+        """Adds sequence `number`'s rows (n, width) for this step's `count` tokens; returns all it may see."""
+        self._step_open = True
+        sequence = self.sequences[number]
         stream = sequence.streams[key]
         rewindable = min(self.max_rewind, sequence.rewindable + count)
         return stream.append(rows, stream.spec.rows(sequence.length + count, rewindable))

@@ -10,19 +10,20 @@ from torch import Tensor, nn
 
 from kvell.checkpoint.reading import TensorFiles
 from kvell.config import ModelConfig
-from kvell.errors import CheckpointError
-from kvell.families import FAMILIES, Placement, Placements, locate, read_config
+from kvell.errors import CheckpointError, InputError
+from kvell.families import FAMILIES, Placement, Placements, locate, read_config, read_json
 from kvell.families.family import Family
 from kvell.layers.per_layer_embedding import MappedTable
 from kvell.model import Decoder
 
 TABLE = "per_layer_inputs.table.weight"
+DTYPES = ("bfloat16", "float32", "float16", "float64")
 HUB_FILES = ["*.json", "*.safetensors", "tokenizer*"]
 
 
 def from_pretrained(
     path: str | Path,
-    dtype: torch.dtype | None = None,
+    dtype: torch.dtype | str | None = None,
     device: torch.device | str = "cpu",
     *,
     map_per_layer_table: bool | None = None,
@@ -35,24 +36,46 @@ def from_pretrained(
     are identical, but the table cannot be trained; None does so on the CPU for a table of more than a quarter of the
     model. ConfigError or CheckpointError, naming the tensor, for anything that does not fit exactly.
     """
+    device = available_device(device)
+    dtype = known_dtype(dtype)
     folder = locate(path, HUB_FILES)
     if not folder.is_dir():
         raise CheckpointError(f"{path} is not a directory with a model's config.json and weights")
     config = read_config(folder)
-    family = FAMILIES.get(config.family or "")
+    # A family's model that no longer fits the family is stored in Kvell's own form.
+    own_form = read_json(folder / "config.json").get("model_type") == "kvell"
+    family = None if own_form else FAMILIES[config.family or ""]
     files = TensorFiles(folder)
     sources = match(files.names(), config, family)
     if dtype is None:
         dtype = files.get(next(iter(sources["embedding.weight"]))).dtype
-    if not dtype.is_floating_point:
-        raise CheckpointError(f"weights cannot be loaded as {dtype}")
     model = build_empty(config, dtype)
     if map_per_layer_table is None:
-        map_per_layer_table = torch.device(device).type == "cpu" and _table_is_large(model)
+        map_per_layer_table = device.type == "cpu" and _table_is_large(model)
     for parameter, placed in sources.items():
         mapped = parameter == TABLE and map_per_layer_table
         _set(model, parameter, _assemble(files, model, parameter, placed, device, mapped), mapped)
     return model.eval()
+
+
+def known_dtype(dtype: torch.dtype | str | None) -> torch.dtype | None:
+    """The dtype, by itself or by name; None for the stored one. InputError for one that no model computes in."""
+    for name in DTYPES:
+        if dtype in (name, getattr(torch, name)):
+            return getattr(torch, name)
+    if dtype is None:
+        return None
+    raise InputError(f"dtype {dtype} is unknown: use one of {', '.join(DTYPES)}")
+
+
+def available_device(device: torch.device | str) -> torch.device:
+    """The device. InputError, with those that there are, for one that this machine lacks."""
+    known = ["cpu", "meta"]
+    if (accelerator := torch.accelerator.current_accelerator(check_available=True)) is not None:
+        known += [accelerator.type, *(f"{accelerator.type}:{i}" for i in range(torch.accelerator.device_count()))]
+    if str(device) not in known:
+        raise InputError(f"device {device} is not to be had here: use one of {', '.join(known)}")
+    return torch.device(device)
 
 
 def build_empty(config: ModelConfig, dtype: torch.dtype) -> Decoder:
@@ -102,7 +125,7 @@ def _assemble(
     model: Decoder,
     parameter: str,
     placed: dict[str, Placement],
-    device: torch.device | str,
+    device: torch.device,
     mapped: bool,
 ) -> Tensor:
     """A parameter's values from its tensors: the file's own memory where nothing has to change."""
@@ -113,7 +136,7 @@ def _assemble(
         wanted = place.of(target).shape
         if tensor.shape != wanted:
             raise CheckpointError(f"{name} has the shape {list(tensor.shape)}, wanted is {list(wanted)}")
-        if not tensor.dtype.is_floating_point or tensor.dtype.itemsize < 2:
+        if str(tensor.dtype).removeprefix("torch.") not in DTYPES:
             raise CheckpointError(f"{name} is stored as {tensor.dtype}, which cannot be read without its scales")
         if place.whole:
             return tensor if mapped else tensor.to(device=device, dtype=target.dtype)

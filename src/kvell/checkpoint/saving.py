@@ -1,7 +1,6 @@
 """Weights out: a released family's own format where the config still fits it, else Kvell's."""
 
 import json
-import os
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -13,7 +12,7 @@ from kvell.checkpoint.reading import INDEX, SINGLE
 from kvell.config import ModelConfig
 from kvell.errors import ConfigError
 from kvell.families import FAMILIES, Placement, Placements, parse_config
-from kvell.files import beside, save_to
+from kvell.files import beside, move_in, save_to
 from kvell.model import Decoder
 
 
@@ -22,8 +21,7 @@ def save_pretrained(model: Decoder, folder: Path, max_shard_bytes: int) -> None:
 
     Everything is written aside first: if that fails, CheckpointError, and what stood in the folder is unchanged.
     """
-    values, placements = released_form(model.config) or (json.loads(model.config.to_json()), None)
-    placements = placements or native_placements(model.config)
+    values, placements = released_form(model.config) or own_form(model.config)
     values["dtype"] = str(model.dtype).removeprefix("torch.")
     tensors = dict(model.named_tensors())
     shards = list(_shards(tensors, placements, max_shard_bytes))
@@ -39,8 +37,7 @@ def save_pretrained(model: Decoder, folder: Path, max_shard_bytes: int) -> None:
             (scratch / INDEX).write_text(json.dumps(index, indent=2))
             names.append(INDEX)
         (scratch / "config.json").write_text(json.dumps(values, indent=2) + "\n")
-        for name in [*names, "config.json"]:
-            os.replace(scratch / name, folder / name)
+        move_in(scratch, folder, [*names, "config.json"])
         for stale in [*folder.glob("model-*-of-*.safetensors"), folder / INDEX, folder / SINGLE]:
             if stale.name not in names:
                 stale.unlink(missing_ok=True)
@@ -58,6 +55,11 @@ def released_form(config: ModelConfig) -> tuple[dict[str, Any], Placements] | No
     except (ConfigError, AttributeError, TypeError):
         return None
     return (values, family.placements(config)) if fits else None
+
+
+def own_form(config: ModelConfig) -> tuple[dict[str, Any], Placements]:
+    """The config and tensor names in Kvell's own spelling."""
+    return json.loads(config.to_json()), native_placements(config)
 
 
 def _shards(tensors: dict[str, Tensor], placements: Placements, limit: int) -> Iterator[Placements]:

@@ -10,7 +10,7 @@ import typer
 
 from kvell.cli import console
 from kvell.cli.generation_report import GenerationReport
-from kvell.cli.hardware import DTYPES, parse_device, parse_dtype, set_threads
+from kvell.cli.hardware import set_threads
 from kvell.cli.prompt import read_prompt
 from kvell.errors import InputError
 
@@ -46,7 +46,7 @@ def generate(
     stop: Annotated[
         list[str] | None, typer.Option(help="End before this text. May be repeated.", metavar="TEXT")
     ] = None,
-    dtype: Annotated[str | None, typer.Option(help=f"{', '.join(DTYPES)}; as stored without it.")] = None,
+    dtype: Annotated[str | None, typer.Option(help="bfloat16, float32 or float16; as stored without it.")] = None,
     device: Annotated[str, typer.Option(help="The device to run on.")] = "cpu",
     threads: Annotated[int | None, typer.Option(help="CPU threads to compute with.")] = None,
     as_json: Annotated[
@@ -62,7 +62,7 @@ def generate(
 
     import kvell
     from kvell.bundled import bundled_model_path
-    from kvell.checkpoint.loading import HUB_FILES
+    from kvell.checkpoint.loading import HUB_FILES, available_device, known_dtype
     from kvell.families import locate
     from kvell.generation import SamplingSettings, Tokenizer
     from kvell.generation import generate as continue_prompt
@@ -70,7 +70,7 @@ def generate(
 
     # What is wrong with the settings is found before the weights are read, which may take minutes.
     SamplingSettings(temperature, top_k, top_p, min_p, seed)
-    torch_device, torch_dtype = parse_device(device), parse_dtype(dtype)
+    torch_device, torch_dtype = available_device(device), known_dtype(dtype)
     set_threads(threads)
     directory = locate(model or bundled_model_path(), HUB_FILES)
     tokenizer = Tokenizer.from_pretrained(directory)

@@ -25,9 +25,10 @@ def parse_config(values: Mapping[str, Any]) -> ModelConfig:
     """A ModelConfig from the contents of a config.json, Kvell's own or a released family's."""
     model_type = values.get("model_type")
     if model_type == "kvell":
-        return ModelConfig.from_dict(dict(values))
+        # The dtype the weights are stored in stands in every config.json, and is no part of the description.
+        return ModelConfig.from_dict({name: value for name, value in values.items() if name != "dtype"})
     for family in FAMILIES.values():
-        if model_type in family.model_types:
+        if isinstance(model_type, str) and model_type in family.model_types:
             return family.read_config(values)
     known = ["kvell", *(name for family in FAMILIES.values() for name in family.model_types)]
     raise ConfigError(f"unknown model_type {model_type!r}, known are {', '.join(known)}")
@@ -35,7 +36,7 @@ def parse_config(values: Mapping[str, Any]) -> ModelConfig:
 
 def read_config(path: str | Path) -> ModelConfig:
     """The config of a directory, a config.json, a built-in name, or a repository on the hub."""
-    if not Path(path).exists() and str(path) in builtin_names():
+    if str(path) in builtin_names() and not Path(path).exists():
         text = (resources.files("kvell.families") / "configs" / f"{path}.json").read_text()
         return parse_config(json.loads(text))
     file = locate(path, patterns=["config.json", "generation_config.json"])
@@ -45,25 +46,36 @@ def read_config(path: str | Path) -> ModelConfig:
     if generation.is_file() and (ids := read_json(generation).get("eos_token_id")) is not None:
         # Where both files name the ends of a turn, this one is the fuller: Gemma 4's names two, its config one.
         more = ids if isinstance(ids, list) else [ids]
-        config = config.model_copy(update={"eos_token_ids": tuple(dict.fromkeys([*config.eos_token_ids, *more]))})
+        merged = [*config.eos_token_ids, *(one for one in more if one not in config.eos_token_ids)]
+        config = ModelConfig.from_dict(config.model_dump() | {"eos_token_ids": merged}, generation.name)
     return config
 
 
 def locate(path: str | Path, patterns: list[str]) -> Path:
     """A local path, or the local copy of a hub repository's files. CheckpointError if there is neither."""
-    if Path(path).exists():
-        return Path(path)
-    if not re.fullmatch(r"[\w.-]+/[\w.-]+", str(path)):
+    try:
+        if Path(path).exists():
+            return Path(path)
+    except OSError as error:  # a name that no file can have
+        raise CheckpointError(f"{str(path)[:80]} cannot be looked up: {error.strerror}") from None
+    if str(path) in builtin_names():
+        raise CheckpointError(f"{path} is a built-in config, without weights: give the directory of a model")
+    if not re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", str(path)):
         raise CheckpointError(
             f"{path} is neither a directory nor a file nor a built-in config ({', '.join(builtin_names())})"
         )
     from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError, OfflineModeIsEnabled
+    from huggingface_hub.errors import (
+        HfHubHTTPError,
+        HFValidationError,
+        LocalEntryNotFoundError,
+        OfflineModeIsEnabled,
+    )
 
     try:
         return Path(snapshot_download(str(path), allow_patterns=patterns))
-    except (HfHubHTTPError, LocalEntryNotFoundError, OfflineModeIsEnabled, OSError) as error:
-        reason = str(error).strip().splitlines()[0]
+    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OfflineModeIsEnabled, OSError) as error:
+        reason = " ".join(str(error).split())[:300]
         raise CheckpointError(
             f"{path} is no local directory, and the hub could not be asked for it: {reason}"
         ) from None

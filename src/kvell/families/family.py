@@ -53,40 +53,74 @@ class Family:
     skip_rules: Mapping[str, SkipRule] = field(default_factory=dict)
 
 
-class Released:
-    """The fields of a released config.json, asked for one by one; what is missing or wrong is named."""
+_REQUIRED: Any = object()
 
-    def __init__(self, family: str, values: Mapping[str, Any]) -> None:
+
+class Released:
+    """The fields of a released config.json, asked for one by one; ConfigError names what is missing or wrong.
+
+    A field that is absent or null has its default. What Python computes with is checked here, by type; all the rest
+    by the ModelConfig that comes of it.
+    """
+
+    def __init__(self, family: str, values: Any) -> None:
+        if not isinstance(values, Mapping):
+            raise ConfigError(f"{family} config: {values!r} is no JSON object")
         self.family, self.values = family, values
 
-    def need(self, name: str) -> Any:
-        if self.values.get(name) is None:
-            raise ConfigError(f"{self.family} config: {name} is missing")
-        return self.values[name]
-
-    def get(self, name: str, default: Any = None) -> Any:
+    def get(self, name: str, default: Any = _REQUIRED) -> Any:
         value = self.values.get(name)
+        if value is None and default is _REQUIRED:
+            raise ConfigError(f"{self.family} config: {name} is missing")
         return default if value is None else value
+
+    def integer(self, name: str, default: Any = _REQUIRED, minimum: int = 1) -> int:
+        value = self.get(name, default)
+        if not isinstance(value, int) or isinstance(value, bool) or value < minimum:
+            raise ConfigError(
+                f"{self.family} config: {name} is {value!r}, wanted is a whole number from {minimum} on"
+            )
+        return value
+
+    def flag(self, name: str, default: bool) -> bool:
+        value = self.get(name, default)
+        if not isinstance(value, bool):
+            raise ConfigError(f"{self.family} config: {name} is {value!r}, wanted is true or false")
+        return value
+
+    def mapping(self, name: str, default: Any = _REQUIRED) -> Mapping[str, Any]:
+        value = self.get(name, default)
+        if not isinstance(value, Mapping):
+            raise ConfigError(f"{self.family} config: {name} is {value!r}, wanted is an object")
+        return value
 
     def per_layer(self, name: str, default: list[Any]) -> list[Any]:
         """A list with one entry per layer."""
-        values = list(self.get(name, default))
-        layers = self.need("num_hidden_layers")
+        values, layers = self.get(name, default), self.integer("num_hidden_layers")
+        if not isinstance(values, list):
+            raise ConfigError(f"{self.family} config: {name} is {values!r}, wanted is a list")
         if len(values) != layers:
             raise ConfigError(f"{self.family} config: {name} has {len(values)} entries for {layers} layers")
-        return values
+        return list(values)
 
     def choice(self, name: str, value: Any, allowed: Mapping[Any, Any]) -> Any:
         """What `value`, found in field `name`, stands for."""
-        if value not in allowed:
-            known = ", ".join(str(key) for key in allowed)
-            raise ConfigError(f"{self.family} config: {name} is {value!r}, known are {known}")
-        return allowed[value]
+        for known, meaning in allowed.items():
+            if type(known) is type(value) and known == value:
+                return meaning
+        raise ConfigError(f"{self.family} config: {name} is {value!r}, known are {', '.join(map(str, allowed))}")
 
     def refuse(self, name: str, unless: tuple[Any, ...], why: str) -> None:
         """ConfigError if a field asks for what is not there."""
         if self.values.get(name) not in unless:
             raise ConfigError(f"{self.family} config: {name} is {self.values[name]!r}: {why}")
+
+    def rope_parameters(self, default: Mapping[str, Any]) -> Mapping[str, Any]:
+        """`rope_parameters`, by layer type."""
+        for older in ("rope_theta", "rope_scaling"):
+            if "rope_parameters" not in self.values:
+                self.refuse(older, (None,), "rope_parameters, by layer type, are wanted instead")
+        return self.mapping("rope_parameters", default)
 
 
 ACTIVATION_NAMES = {"gelu_pytorch_tanh": "gelu_tanh", "silu": "silu"}

@@ -22,10 +22,8 @@ from kvell.families.family import (
     token_ids,
 )
 from kvell.families.rotary import read_rotary, write_rotary
-from kvell.layers.experts import DenseBesideExperts, MixtureOfExperts, SoftmaxRouter
+from kvell.layers.experts import DenseBesideExperts
 from kvell.layers.feed_forward import GatedMLP
-from kvell.layers.grouped_query import GroupedQuery
-from kvell.layers.per_layer_embedding import PerLayerEmbedding
 
 DEFAULT_ROPE = {
     "sliding_attention": {"rope_type": "default", "rope_theta": 10_000.0},
@@ -35,42 +33,41 @@ DEFAULT_ROPE = {
 
 def read_config(values: Mapping[str, Any]) -> ModelConfig:
     text = Released("gemma4", values.get("text_config") or values)
-    text.refuse("use_bidirectional_attention", (None, "vision"), "only causal attention is built")
-    layers = text.need("num_hidden_layers")
-    types = text.per_layer("layer_types", [list(KINDS)[(i + 1) % 6 != 0] for i in range(layers)])
-    types[-1] = "full_attention"
-    for name in types:
-        text.choice("layer_types", name, KINDS)
-    shared = text.get("num_kv_shared_layers", 0)
-    sources = _sources(types, layers - shared)
+    text.refuse("use_bidirectional_attention", (None, False, "vision"), "only causal attention is built")
+    layers = text.integer("num_hidden_layers")
+    types = text.per_layer(
+        "layer_types", ["full_attention" if i % 6 == 5 else "sliding_attention" for i in range(layers)]
+    )
+    types[-1] = "full_attention"  # always, whatever the file says
+    full = [text.choice("layer_types", name, KINDS) == "full" for name in types]
+    first_shared = layers - text.integer("num_kv_shared_layers", 0, minimum=0)
+    sources = _sources(types, first_shared)
     activation = text.choice(
         "hidden_activation", text.get("hidden_activation", "gelu_pytorch_tanh"), ACTIVATION_NAMES
     )
-    hidden = text.need("hidden_size")
-    ple = text.get("hidden_size_per_layer_input", 256)
-    if ple and text.get("vocab_size_per_layer_input", text.need("vocab_size")) != text.need("vocab_size"):
-        raise ConfigError("gemma4 config: vocab_size_per_layer_input differs from vocab_size")
+    hidden = text.integer("hidden_size")
+    beside = text.flag("enable_moe_block", False)
     return ModelConfig.from_dict(
         {
             "family": "gemma4",
-            "vocab_size": text.need("vocab_size"),
+            "vocab_size": text.get("vocab_size"),
             "hidden_size": hidden,
             "max_positions": text.get("max_position_embeddings", 131072),
             "norm_eps": text.get("rms_norm_eps", 1e-6),
             "embedding_scale": hidden**0.5,
-            "per_layer_embedding": PerLayerEmbedding(width=ple, activation=activation) if ple else None,
-            "tied_head": text.get("tie_word_embeddings", True),
-            "logit_softcap": text.get("final_logit_softcapping"),
+            "per_layer_embedding": _read_per_layer_embedding(text, activation),
+            "tied_head": text.flag("tie_word_embeddings", True),
+            "logit_softcap": text.get("final_logit_softcapping", None),
             "initializer_range": text.get("initializer_range", 0.02),
             "bos_token_id": text.get("bos_token_id", values.get("bos_token_id")),
-            "eos_token_ids": token_ids(values.get("eos_token_id") or text.get("eos_token_id")),
+            "eos_token_ids": token_ids(values.get("eos_token_id") or text.get("eos_token_id", None)),
             "pad_token_id": text.get("pad_token_id", values.get("pad_token_id")),
             "layers": [
                 {
-                    "attention": _read_attention(text, index, types[index], sources[index]),
-                    "feed_forward": _read_feed_forward(text, activation, wide=index >= layers - shared),
+                    "attention": _read_attention(text, index, types[index], full[index], sources[index]),
+                    "feed_forward": _read_feed_forward(text, activation, beside, shared=index >= first_shared),
                     "attention_norm": "sandwich",
-                    "feed_forward_norm": "post" if text.get("enable_moe_block", False) else "sandwich",
+                    "feed_forward_norm": "post" if beside else "sandwich",
                     "layer_scalar": True,
                 }
                 for index in range(layers)
@@ -94,70 +91,79 @@ def _sources(types: list[str], first_shared: int) -> list[int | None]:
     return [None if index < first_shared else last[name] for index, name in enumerate(types)]
 
 
-def _read_attention(text: Released, index: int, name: str, source: int | None) -> GroupedQuery:
-    full = name == "full_attention"
-    one_projection = bool(text.get("attention_k_eq_v", False)) and full
-    kv_heads, head_dim = text.need("num_key_value_heads"), text.need("head_dim")
-    if text.get("per_layer_config") is not None:
-        own = text.values["per_layer_config"].get(str(index), {})
+def _read_per_layer_embedding(text: Released, activation: str) -> dict[str, Any] | None:
+    width = text.values.get("hidden_size_per_layer_input", 256)
+    if not width:
+        return None
+    if text.get("vocab_size_per_layer_input", text.get("vocab_size")) != text.get("vocab_size"):
+        raise ConfigError("gemma4 config: vocab_size_per_layer_input differs from vocab_size")
+    return {"width": width, "activation": activation}
+
+
+def _read_attention(text: Released, index: int, name: str, full: bool, source: int | None) -> dict[str, Any]:
+    one_projection = text.flag("attention_k_eq_v", False) and full
+    kv_heads, head_dim = text.get("num_key_value_heads"), text.get("head_dim")
+    if text.get("per_layer_config", None) is not None:
+        own = _own_config(text, index)
+        if unknown := set(own) - {"head_dim", "num_key_value_heads"}:
+            raise ConfigError(f"gemma4 config: per_layer_config.{index}: {min(unknown)} cannot differ by layer")
         head_dim, kv_heads = own.get("head_dim", head_dim), own.get("num_key_value_heads", kv_heads)
     elif full:
         head_dim = text.get("global_head_dim", 512)
         kv_heads = text.get("num_global_key_value_heads", kv_heads) if one_projection else kv_heads
-    rope = text.get("rope_parameters", DEFAULT_ROPE)
+    rope = text.rope_parameters(DEFAULT_ROPE)
     if name not in rope:
         raise ConfigError(f"gemma4 config: rope_parameters has no {name}")
-    try:
-        return GroupedQuery(
-            num_heads=text.need("num_attention_heads"),
-            num_kv_heads=kv_heads,
-            head_dim=head_dim,
-            sliding_window=None if full else text.need("sliding_window"),
-            rotary=read_rotary(rope[name], f"gemma4 config: rope_parameters.{name}"),
-            kv_source=source,
-            value_norm=True,
-            value_from_key=one_projection,
-            bias=text.get("attention_bias", False),
-            scale=1.0,
-        )
-    except ValueError as error:
-        raise ConfigError(f"gemma4 config: layer {index}: {_first_line(error)}") from None
+    return {
+        "kind": "grouped_query",
+        "num_heads": text.get("num_attention_heads"),
+        "num_kv_heads": kv_heads,
+        "head_dim": head_dim,
+        "sliding_window": None if full else text.get("sliding_window"),
+        "rotary": read_rotary(rope[name], f"gemma4 config: rope_parameters.{name}"),
+        "kv_source": source,
+        "value_norm": True,
+        "value_from_key": one_projection,
+        "bias": text.flag("attention_bias", False),
+        "scale": 1.0,
+    }
 
 
-def _first_line(error: ValueError) -> str:
-    from pydantic import ValidationError
+def _own_config(text: Released, index: int) -> Mapping[str, Any]:
+    """What differs in one layer. Re-saved files pad the layers' numbers with zeros: "05"."""
+    by_layer = {key.lstrip("0") or "0": value for key, value in text.mapping("per_layer_config").items()}
+    if unknown := set(by_layer) - {str(number) for number in range(text.integer("num_hidden_layers"))}:
+        raise ConfigError(f"gemma4 config: per_layer_config has a layer {min(unknown)}, which there is not")
+    own = by_layer.get(str(index), {})
+    if not isinstance(own, Mapping):
+        raise ConfigError(f"gemma4 config: per_layer_config.{index} is {own!r}, wanted is an object")
+    return own
 
-    from kvell.config import one_line
 
-    return one_line(error, "attention") if isinstance(error, ValidationError) else str(error)
-
-
-def _read_feed_forward(text: Released, activation: str, *, wide: bool) -> GatedMLP | DenseBesideExperts:
-    factor = 2 if wide and text.get("use_double_wide_mlp", False) else 1
-    dense = GatedMLP(intermediate_size=text.need("intermediate_size") * factor, activation=activation)
-    if not text.get("enable_moe_block", False):
+def _read_feed_forward(text: Released, activation: str, beside: bool, *, shared: bool) -> dict[str, Any]:
+    width = text.integer("intermediate_size") * (2 if shared and text.flag("use_double_wide_mlp", False) else 1)
+    dense = {"kind": "gated_mlp", "intermediate_size": width, "activation": activation}
+    if not beside:
         return dense
-    mixture = MixtureOfExperts(
-        num_experts=text.need("num_experts"),
-        top_k=text.need("top_k_experts"),
-        intermediate_size=text.need("moe_intermediate_size"),
-        router=SoftmaxRouter(),
-        activation=activation,
-    )
-    return DenseBesideExperts(dense=dense, mixture=mixture)
+    mixture = {
+        "num_experts": text.get("num_experts"),
+        "top_k": text.get("top_k_experts"),
+        "intermediate_size": text.get("moe_intermediate_size"),
+        "router": {"kind": "softmax"},
+        "activation": activation,
+    }
+    return {"kind": "dense_beside_experts", "dense": dense, "mixture": mixture}
 
 
 def write_config(config: ModelConfig) -> dict[str, Any]:
     attentions = [layer.attention for layer in config.layers]
     types = ["full_attention" if a.sliding_window is None else "sliding_attention" for a in attentions]
     base = next((a for a in attentions if a.sliding_window is not None), attentions[0])
-    feed_forward = config.layers[0].feed_forward
-    dense = feed_forward.dense if isinstance(feed_forward, DenseBesideExperts) else feed_forward
+    denses = [f.dense if isinstance(f, DenseBesideExperts) else f for f in (la.feed_forward for la in config.layers)]
+    feed_forward, dense = config.layers[0].feed_forward, denses[0]
     if not isinstance(dense, GatedMLP):
-        raise ConfigError(f"gemma4 has no spelling for the feed-forward {dense.kind}")
-    widths = {
-        layer.feed_forward.intermediate_size for layer in config.layers if isinstance(layer.feed_forward, GatedMLP)
-    }
+        raise ConfigError(f"gemma4 config: there is no spelling for a layer's {feed_forward.kind}")
+    wide = any(isinstance(one, GatedMLP) and one.intermediate_size > dense.intermediate_size for one in denses)
     own = {
         str(index): {"head_dim": a.head_dim} | ({"num_key_value_heads": a.num_kv_heads} if a.value_from_key else {})
         for index, a in enumerate(attentions)
@@ -173,7 +179,7 @@ def write_config(config: ModelConfig) -> dict[str, Any]:
         "hidden_size_per_layer_input": ple.width if ple else 0,
         "hidden_activation": RELEASED_ACTIVATIONS[dense.activation],
         "intermediate_size": dense.intermediate_size,
-        "use_double_wide_mlp": len(widths) > 1,
+        "use_double_wide_mlp": wide,
         "num_hidden_layers": config.num_layers,
         "num_kv_shared_layers": sum(a.kv_source is not None for a in attentions),
         "num_attention_heads": base.num_heads,

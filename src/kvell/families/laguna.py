@@ -34,40 +34,41 @@ def read_config(values: Mapping[str, Any]) -> ModelConfig:
     text = Released("laguna", values)
     text.refuse("moe_apply_router_weight_on_input", (None, False), "router weights on the input are not built")
     text.refuse("quantization_config", (None,), "quantised Laguna files cannot be read")
-    layers = text.need("num_hidden_layers")
+    layers = text.integer("num_hidden_layers")
     types = text.per_layer("layer_types", ["full_attention"] * layers)
-    heads = text.per_layer("num_attention_heads_per_layer", [text.need("num_attention_heads")] * layers)
+    heads = text.per_layer("num_attention_heads_per_layer", [text.get("num_attention_heads", None)] * layers)
     feed_forwards = text.per_layer("mlp_layer_types", _older_feed_forward_types(text, layers))
-    rope = text.get("rope_parameters", DEFAULT_ROPE)
+    rope = text.rope_parameters(DEFAULT_ROPE)
     activation = text.choice("hidden_act", text.get("hidden_act", "silu"), ACTIVATION_NAMES)
-    gate = text.choice("gating", text.get("gating", True), GATES)
+    gate = text.choice("gating", values.get("gating", True), GATES)
 
     def attention(index: int) -> dict[str, Any]:
         full = text.choice("layer_types", types[index], KINDS) == "full"
+        # One set for all layers, or one by layer type with, in released files, a stray number beside them.
         own_rope = rope if "rope_type" in rope else rope.get(types[index])
         if own_rope is None:
             raise ConfigError(f"laguna config: rope_parameters has no {types[index]}")
         return {
             "kind": "grouped_query",
             "num_heads": heads[index],
-            "num_kv_heads": text.need("num_key_value_heads"),
+            "num_kv_heads": text.get("num_key_value_heads"),
             "head_dim": text.get("head_dim", 128),
             "sliding_window": None if full else text.get("sliding_window", 512),
             "rotary": read_rotary(own_rope, f"laguna config: rope_parameters.{types[index]}"),
             "output_gate": gate,
-            "bias": text.get("attention_bias", False),
+            "bias": text.flag("attention_bias", False),
         }
 
     def feed_forward(index: int) -> dict[str, Any]:
         if text.choice("mlp_layer_types", feed_forwards[index], {"dense": True, "sparse": False}):
-            size = text.need("intermediate_size")
+            size = text.get("intermediate_size")
             return {"kind": "gated_mlp", "intermediate_size": size, "activation": activation}
         return {
             "kind": "mixture_of_experts",
-            "num_experts": text.need("num_experts"),
-            "top_k": text.need("num_experts_per_tok"),
-            "intermediate_size": text.need("moe_intermediate_size"),
-            "shared_intermediate_size": text.need("shared_expert_intermediate_size"),
+            "num_experts": text.get("num_experts"),
+            "top_k": text.get("num_experts_per_tok"),
+            "intermediate_size": text.get("moe_intermediate_size"),
+            "shared_intermediate_size": text.get("shared_expert_intermediate_size"),
             "router": {"kind": "sigmoid", "logit_softcap": text.get("moe_router_logit_softcapping", 0.0)},
             "routed_scale": text.get("moe_routed_scaling_factor", 1.0),
             "activation": activation,
@@ -76,15 +77,15 @@ def read_config(values: Mapping[str, Any]) -> ModelConfig:
     return ModelConfig.from_dict(
         {
             "family": "laguna",
-            "vocab_size": text.need("vocab_size"),
-            "hidden_size": text.need("hidden_size"),
+            "vocab_size": text.get("vocab_size"),
+            "hidden_size": text.get("hidden_size"),
             "max_positions": text.get("max_position_embeddings", 131072),
             "norm_eps": text.get("rms_norm_eps", 1e-6),
-            "tied_head": text.get("tie_word_embeddings", False),
+            "tied_head": text.flag("tie_word_embeddings", False),
             "initializer_range": text.get("initializer_range", 0.02),
-            "bos_token_id": text.get("bos_token_id"),
-            "eos_token_ids": token_ids(text.get("eos_token_id")),
-            "pad_token_id": text.get("pad_token_id"),
+            "bos_token_id": text.get("bos_token_id", None),
+            "eos_token_ids": token_ids(text.get("eos_token_id", None)),
+            "pad_token_id": text.get("pad_token_id", None),
             "layers": [{"attention": attention(i), "feed_forward": feed_forward(i)} for i in range(layers)],
         },
         "laguna config",
@@ -97,8 +98,10 @@ def _older_feed_forward_types(text: Released, layers: int) -> list[str]:
         text.refuse("norm_topk_prob", (True,), "routing weights are always normalised")
     if "mlp_only_layers" not in text.values and "decoder_sparse_step" not in text.values:
         return ["dense"] + ["sparse"] * (layers - 1)
-    dense, step = set(text.get("mlp_only_layers", [])), text.get("decoder_sparse_step", 1)
-    return ["dense" if i in dense or step <= 0 or (i + 1) % step else "sparse" for i in range(layers)]
+    dense, step = text.get("mlp_only_layers", []), text.integer("decoder_sparse_step", 1)
+    if not isinstance(dense, list):
+        raise ConfigError(f"laguna config: mlp_only_layers is {dense!r}, wanted is a list")
+    return ["dense" if i in dense or (i + 1) % step else "sparse" for i in range(layers)]
 
 
 def write_config(config: ModelConfig) -> dict[str, Any]:

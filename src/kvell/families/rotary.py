@@ -4,31 +4,28 @@ from collections.abc import Mapping
 from typing import Any
 
 from kvell.errors import ConfigError
-from kvell.layers.rotary import DefaultRotary, ProportionalRotary, YarnRotary
+from kvell.layers.rotary import AnyRotary, YarnRotary
 
-AnyRotary = DefaultRotary | ProportionalRotary | YarnRotary
-
-KEYS = {
-    "default": {"rope_type", "rope_theta", "partial_rotary_factor"},
-    "proportional": {"rope_type", "rope_theta", "partial_rotary_factor"},
-    "yarn": {
-        "rope_type",
-        "rope_theta",
-        "partial_rotary_factor",
-        "factor",
-        "original_max_position_embeddings",
-        "beta_fast",
-        "beta_slow",
-        "attention_factor",
-    },
+FIELDS = {
+    "rope_theta": "theta",
+    "partial_rotary_factor": "fraction",
+    "factor": "factor",
+    "original_max_position_embeddings": "original_positions",
+    "beta_fast": "beta_fast",
+    "beta_slow": "beta_slow",
+    "attention_factor": "attention_factor",
 }
+PLAIN = {"rope_type", "rope_theta", "partial_rotary_factor"}
+KEYS = {"default": PLAIN, "proportional": PLAIN, "yarn": {"rope_type", *FIELDS}}
 
 
-def read_rotary(values: Mapping[str, Any], where: str) -> AnyRotary:
-    """One type's `rope_parameters`."""
-    values = {key: value for key, value in values.items() if value is not None}
+def read_rotary(released: Any, where: str) -> dict[str, Any]:
+    """One type's `rope_parameters` as a rotary part's fields."""
+    if not isinstance(released, Mapping):
+        raise ConfigError(f"{where} is {released!r}, wanted is an object")
+    values = {key: value for key, value in released.items() if value is not None}
     kind = values.get("rope_type", "default")
-    if kind not in KEYS:
+    if not isinstance(kind, str) or kind not in KEYS:
         raise ConfigError(f"{where}: rope_type is {kind!r}, known are {', '.join(KEYS)}")
     if unknown := sorted(set(values) - KEYS[kind]):
         raise ConfigError(f"{where}: {unknown[0]} is not known for rope_type {kind}")
@@ -36,19 +33,7 @@ def read_rotary(values: Mapping[str, Any], where: str) -> AnyRotary:
     for name in needed:
         if name not in values:
             raise ConfigError(f"{where}: {name} is missing")
-    common = {"theta": values["rope_theta"], "fraction": values.get("partial_rotary_factor", 1.0)}
-    if kind == "default":
-        return DefaultRotary(**common)
-    if kind == "proportional":
-        return ProportionalRotary(**common)
-    return YarnRotary(
-        **common,
-        factor=values["factor"],
-        original_positions=values["original_max_position_embeddings"],
-        beta_fast=values.get("beta_fast", 32.0),
-        beta_slow=values.get("beta_slow", 1.0),
-        attention_factor=values.get("attention_factor"),
-    )
+    return {"kind": kind} | {FIELDS[key]: value for key, value in values.items() if key in FIELDS}
 
 
 def write_rotary(rotary: AnyRotary) -> dict[str, Any]:

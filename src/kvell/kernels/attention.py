@@ -10,6 +10,7 @@ Neither version pads or holds T x S scores for all queries: the fast one works i
 """
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from jaxtyping import Bool, Float
@@ -82,7 +83,7 @@ def attention_blocked(
     # The query heads that read one KV head stand as that head's rows: grouping without repeating a key.
     grouped = query.view(1, key.shape[1], -1, query.shape[2])
     k, v = key.transpose(0, 1)[None], value.transpose(0, 1)[None]
-    return F.scaled_dot_product_attention(grouped, k, v, scale=scale).view(query.shape)
+    return F.scaled_dot_product_attention(grouped, k, v, scale=scale).reshape(query.shape)
 
 
 def _blocks(
@@ -96,7 +97,7 @@ def _blocks(
     count, total = query.shape[1], key.shape[1]
     q, k, v = (x.transpose(1, 2) for x in (query, key, value))
     if total == count and (window is None or window >= count):
-        y = F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=scale, enable_gqa=True)
+        y = _grouped(q, k, v, scale=scale, is_causal=True)
         return y.transpose(1, 2)
     outputs = []
     for start in range(0, count, QUERY_BLOCK):
@@ -105,8 +106,18 @@ def _blocks(
         first = 0 if window is None else max(total - count + start - window + 1, 0)
         mask = _band(stop - start, last - first, window, query.device)
         block = (q[:, :, start:stop], k[:, :, first:last], v[:, :, first:last])
-        outputs.append(F.scaled_dot_product_attention(*block, attn_mask=mask, scale=scale, enable_gqa=True))
+        outputs.append(_grouped(*block, scale=scale, attn_mask=mask))
     return torch.cat(outputs, dim=2).transpose(1, 2)
+
+
+def _grouped(
+    q: Float[Tensor, "B H n D"], k: Float[Tensor, "B K S D"], v: Float[Tensor, "B K S D"], scale: float, **mask: Any
+) -> Float[Tensor, "B H n D"]:
+    """torch's attention for grouped heads. Off the CPU its kernels that take groups take neither masks nor fp32 nor
+    wide heads, and what is left would hold all scores at once: there keys are repeated for their group."""
+    if q.device.type != "cpu":
+        k, v = (x.repeat_interleave(q.shape[1] // x.shape[1], dim=1) for x in (k, v))
+    return F.scaled_dot_product_attention(q, k, v, scale=scale, enable_gqa=q.device.type == "cpu", **mask)
 
 
 def _band(queries: int, rows: int, window: int | None, device: torch.device) -> Bool[Tensor, "n S"]:

@@ -59,4 +59,5 @@ def experts_grouped(
             gate, up = F.linear(rows, gate_up[expert]).chunk(2, dim=-1)
             outputs.append(F.linear(activation(gate) * up, down[expert]))
     weighted = torch.cat(outputs) * weights.flatten()[order, None]
-    return torch.zeros_like(x).index_add(0, token, weighted)
+    # Back in the tokens' order and summed there: adding up in place would depend on the device's timing.
+    return weighted[order.argsort()].unflatten(0, chosen.shape).sum(1)

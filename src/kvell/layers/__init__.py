@@ -12,6 +12,6 @@ from kvell.layers.feed_forward import GatedMLP
 from kvell.layers.grouped_query import GroupedQuery
 from kvell.layers.residual import PlainResidual
 
-Attention = Annotated[GroupedQuery, Field()]
+Attention = GroupedQuery
 FeedForward = Annotated[GatedMLP | MixtureOfExperts | DenseBesideExperts, Field(discriminator="kind")]
-Connection = Annotated[PlainResidual, Field()]
+Connection = PlainResidual

@@ -3,14 +3,16 @@
     y = sum over the chosen e of weight_e * expert_e(x)   (* routed_scale)   (+ shared expert)
 
 Routers here:
-    sigmoid   scores = sigmoid(Wr x) in fp32; choose by score + a bias learnt outside the loss (selection only;
-              Wang et al. 2024, arXiv 2408.15664); weights = the unbiased scores / their sum (Laguna, DeepSeek V3)
+    sigmoid   scores = sigmoid(Wr x), the sigmoid in fp32; choose by score + a bias learnt outside the loss
+              (selection only; Wang et al. 2024, arXiv 2408.15664); weights = the unbiased scores / their sum
+              (Laguna, DeepSeek V3)
     softmax   probabilities = softmax(Wr (norm(x) * scale / sqrt(C))) in fp32; weights = the chosen / their sum
               * a scale per expert (Gemma 4)
 
 Equal scores: the expert of the lowest index is chosen. What people get wrong: weighting by the biased score.
 """
 
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Annotated, Literal, Self
 
 import torch
@@ -100,6 +102,13 @@ class SigmoidRouting(nn.Module):
         self.proj = nn.Linear(site.hidden_size, num_experts, bias=False)
         # Moved by load balancing, not by the loss; fp32 whatever the model's dtype.
         self.selection_bias = nn.Parameter(torch.zeros(num_experts, dtype=torch.float32), requires_grad=False)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
+        bias = self.selection_bias.data
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        if self.selection_bias.dtype != bias.dtype:  # model.to(bfloat16), say: rounding would change who is chosen
+            self.selection_bias.data = bias.to(self.selection_bias.device)
+        return self
 
     def forward(self, x: Float[Tensor, "T C"]) -> tuple[Float[Tensor, "T k"], Int[Tensor, "T k"]]:
         logits = self.proj(x).float()

@@ -58,6 +58,8 @@ class GroupedQuery(Part):
     def _heads_divide(self) -> Self:
         if self.num_heads % self.num_kv_heads:
             raise ValueError(f"num_heads {self.num_heads} is not a multiple of num_kv_heads {self.num_kv_heads}")
+        if self.rotary is not None and ((width := self.rotary.rotary_width(self.head_dim)) < 2 or width % 2):
+            raise ValueError(f"rotary.fraction {self.rotary.fraction} turns {width} channels of a head: not pairs")
         return self
 
     def build(self, site: Site) -> "GroupedQueryAttention":
@@ -70,6 +72,10 @@ class GroupedQuery(Part):
         width = self.num_kv_heads * self.head_dim
         past = None if self.sliding_window is None else self.sliding_window - 1
         return StreamSpec("key", width, past), StreamSpec("value", width, past)
+
+    def full_attention_width(self) -> int:
+        """Values a token would hold if this layer kept keys and values of its own for every token."""
+        return 2 * self.num_kv_heads * self.head_dim
 
     def check_source(self, source: "GroupedQuery") -> str | None:
         """Why this layer cannot read `source`'s keys and values, or None where it can."""

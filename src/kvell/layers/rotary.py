@@ -28,13 +28,14 @@ from torch import Tensor
 from kvell.layers.part import Part
 
 Fraction = Annotated[float, Field(gt=0, le=1)]
+Theta = Annotated[float, Field(gt=1)]
 
 
 class DefaultRotary(Part):
     """Turns the first `fraction` of each head's channels."""
 
     kind: Literal["default"] = "default"
-    theta: PositiveFloat
+    theta: Theta
     fraction: Fraction = 1.0
 
     def describe(self) -> str:
@@ -57,7 +58,7 @@ class ProportionalRotary(Part):
     """Pairs span the whole head; the first `fraction` of them turn, at the frequencies of the full width."""
 
     kind: Literal["proportional"] = "proportional"
-    theta: PositiveFloat
+    theta: Theta
     fraction: Fraction = 1.0
 
     def describe(self) -> str:
@@ -81,7 +82,7 @@ class YarnRotary(Part):
     """
 
     kind: Literal["yarn"] = "yarn"
-    theta: PositiveFloat
+    theta: Theta
     fraction: Fraction = 1.0
     factor: Annotated[float, Field(ge=1)]
     original_positions: PositiveInt
@@ -118,7 +119,8 @@ def _named(kind: str, theta: float, fraction: float) -> str:
     return f"{kind} {theta:g}" + ("" if fraction == 1 else f" of {fraction:.0%}")
 
 
-Rotary = Annotated[DefaultRotary | ProportionalRotary | YarnRotary, Field(discriminator="kind")]
+AnyRotary = DefaultRotary | ProportionalRotary | YarnRotary
+Rotary = Annotated[AnyRotary, Field(discriminator="kind")]
 
 
 class RotaryTable(NamedTuple):
@@ -137,7 +139,7 @@ class RotaryTable(NamedTuple):
 
 
 def rotary_table(
-    rotary: DefaultRotary | ProportionalRotary | YarnRotary,
+    rotary: AnyRotary,
     head_dim: int,
     positions: Int[Tensor, " T"],
     dtype: torch.dtype,

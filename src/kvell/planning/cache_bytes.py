@@ -13,5 +13,5 @@ def cache_nbytes(config: ModelConfig, tokens: int, dtype: torch.dtype, max_rewin
 
 def full_attention_nbytes(config: ModelConfig, tokens: int, dtype: torch.dtype) -> int:
     """Bytes the same model would hold if every layer kept all keys and values of its own."""
-    per_token = sum(2 * layer.attention.num_kv_heads * layer.attention.head_dim for layer in config.layers)
+    per_token = sum(layer.attention.full_attention_width() for layer in config.layers)
     return tokens * per_token * dtype.itemsize

@@ -1,0 +1,494 @@
+"""Files in and out: nothing is lost, nothing is left random, and what does not fit is named."""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from oracle import FULL, GEMMA4, LAGUNA, SLIDING, gemma4, gemma4_tensors, laguna, laguna_tensors, prompt, write, yarn
+from safetensors.torch import load_file, save_file
+from test_config import MIXED
+from torch import Tensor
+
+import kvell
+
+GEMMA_CONFIG = GEMMA4 | {"num_kv_shared_layers": 3, "layer_types": [SLIDING, SLIDING, FULL] * 2}
+LAGUNA_CONFIG = LAGUNA | {"rope_parameters": yarn(attention_factor=1.0)}
+DTYPES = [torch.float32, torch.bfloat16, torch.float16]
+
+
+def released(family: str, folder: Path) -> Path:
+    if family == "gemma4":
+        return write(folder, GEMMA_CONFIG, gemma4_tensors(gemma4(GEMMA_CONFIG)))
+    return write(folder, LAGUNA_CONFIG, laguna_tensors(laguna(LAGUNA_CONFIG)))
+
+
+def mixed_model() -> kvell.Decoder:
+    """A model of Kvell's own making, none of whose weights has the value that fresh ones have."""
+    torch.manual_seed(1)
+    model = kvell.Decoder(kvell.ModelConfig.from_dict(MIXED)).eval()
+    with torch.no_grad():
+        for name, tensor in model.named_tensors():
+            tensor.copy_(torch.randn_like(tensor) * (1.0 if name.endswith("scalar") else 0.3) + (tensor == 1))
+    return model
+
+
+def some_model(family: str, tmp_path: Path) -> kvell.Decoder:
+    return mixed_model() if family == "kvell" else kvell.from_pretrained(released(family, tmp_path / "released"))
+
+
+def tokens_for(model: kvell.Decoder) -> Tensor:
+    return prompt() % model.config.vocab_size
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+every_family = pytest.mark.parametrize("family", ["gemma4", "laguna", "kvell"])
+
+
+@pytest.mark.parametrize("max_shard_bytes", [2**32, 9000, 1])
+@every_family
+@torch.no_grad()
+def test_a_model_survives_saving(family: str, max_shard_bytes: int, tmp_path: Path) -> None:
+    model = some_model(family, tmp_path)
+    model.save_pretrained(tmp_path / "saved", max_shard_bytes=max_shard_bytes)
+    again = kvell.from_pretrained(tmp_path / "saved", map_per_layer_table=False)
+    assert again.config == model.config
+    assert again.state_dict().keys() == model.state_dict().keys()
+    assert all(torch.equal(tensor, model.state_dict()[name]) for name, tensor in again.state_dict().items())
+    assert torch.equal(again(tokens_for(model)), model(tokens_for(model)))
+
+    files = sorted(path.name for path in (tmp_path / "saved").iterdir())
+    if max_shard_bytes == 2**32:
+        assert files == ["config.json", "model.safetensors"]
+        return
+    index = json.loads((tmp_path / "saved" / "model.safetensors.index.json").read_text())
+    shards = [name for name in files if name.startswith("model-")]
+    assert files == ["config.json", *shards, "model.safetensors.index.json"]
+    assert set(index["weight_map"].values()) == set(shards)
+    stored = {name: load_file(tmp_path / "saved" / name) for name in shards}
+    for tensors in stored.values():
+        assert sum(tensor.nbytes for tensor in tensors.values()) <= max_shard_bytes or len(tensors) == 1
+    total = sum(tensor.nbytes for tensors in stored.values() for tensor in tensors.values())
+    assert index["metadata"]["total_size"] == total
+
+
+@every_family
+def test_saving_writes_the_released_format_where_there_is_one(family: str, tmp_path: Path) -> None:
+    some_model(family, tmp_path).save_pretrained(tmp_path / "saved")
+    values = json.loads((tmp_path / "saved" / "config.json").read_text())
+    assert values["model_type"] == {"gemma4": "gemma4_text"}.get(family, family)
+    if family != "kvell":
+        assert values["dtype"] == "float32"
+
+
+@torch.no_grad()
+def test_a_config_that_its_family_cannot_spell_is_saved_in_kvells_format(tmp_path: Path) -> None:
+    model = some_model("laguna", tmp_path)
+    first, *others = model.config.layers
+    attention = first.attention.model_copy(update={"output_gate": None})
+    layers = (first.model_copy(update={"attention": attention}), *others)
+    mixed = kvell.Decoder(model.config.model_copy(update={"layers": layers})).eval()
+    mixed.save_pretrained(tmp_path / "saved")
+    assert json.loads((tmp_path / "saved" / "config.json").read_text())["model_type"] == "kvell"
+    again = kvell.from_pretrained(tmp_path / "saved")
+    assert again.config == mixed.config
+    assert torch.equal(again(prompt()), mixed(prompt()))
+
+
+@pytest.mark.parametrize("stored", DTYPES)
+@pytest.mark.parametrize("wanted", [None, *DTYPES, torch.float64])
+@pytest.mark.parametrize("family", ["gemma4", "laguna"])
+def test_weights_are_converted_on_the_way_in(
+    family: str, stored: torch.dtype, wanted: torch.dtype | None, tmp_path: Path
+) -> None:
+    folder = released(family, tmp_path)
+    tensors = load_file(folder / "model.safetensors")
+    as_stored = {
+        name: tensor if name.endswith("score_correction_bias") else tensor.to(stored)
+        for name, tensor in tensors.items()
+    }
+    save_file(as_stored, folder / "model.safetensors")
+    model = kvell.from_pretrained(folder, dtype=wanted, map_per_layer_table=False)
+    assert model.dtype == (wanted or stored)
+    for name, tensor in model.named_tensors():
+        assert tensor.dtype == (torch.float32 if name.endswith("selection_bias") else wanted or stored)
+    name = "model.layers.1.self_attn.q_proj.weight"
+    assert torch.equal(model.layers[1].attention.q_proj.weight, as_stored[name].to(wanted or stored))
+    assert not model.training
+    with torch.no_grad():
+        assert model(prompt()).isfinite().all()
+
+
+def edit(folder: Path, change: Callable[[dict[str, Tensor]], object]) -> None:
+    """Changes the tensors of a single-file checkpoint."""
+    tensors = load_file(folder / "model.safetensors")
+    change(tensors)
+    save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, folder / "model.safetensors")
+
+
+Q_PROJ, NORM = "model.layers.2.self_attn.q_proj.weight", "model.layers.1.input_layernorm.weight"
+BIAS = "model.layers.1.mlp.experts.e_score_correction_bias"
+MISFITS: dict[str, tuple[str, Callable[[dict[str, Tensor]], object], list[str]]] = {
+    "a missing tensor": ("gemma4", lambda t: t.pop(NORM), ["missing tensor", NORM]),
+    "a missing layer_scalar": (
+        "gemma4",
+        lambda t: t.pop("model.layers.3.layer_scalar"),
+        ["missing tensor", "layers.3.layer_scalar"],
+    ),
+    "a missing embedding": (
+        "laguna",
+        lambda t: t.pop("model.embed_tokens.weight"),
+        ["missing tensor", "model.embed_tokens.weight"],
+    ),
+    "a missing table": (
+        "gemma4",
+        lambda t: t.pop("model.embed_tokens_per_layer.weight"),
+        ["missing tensor", "model.embed_tokens_per_layer.weight"],
+    ),
+    "a missing untied head": ("laguna", lambda t: t.pop("lm_head.weight"), ["missing tensor", "lm_head.weight"]),
+    "a missing expert": (
+        "laguna",
+        lambda t: t.pop("model.layers.2.mlp.experts.5.up_proj.weight"),
+        ["missing tensor", "model.layers.2.mlp.experts.5.up_proj.weight"],
+    ),
+    "a missing selection bias": ("laguna", lambda t: t.pop(BIAS), ["missing tensor", BIAS]),
+    "an unexpected tensor": (
+        "gemma4",
+        lambda t: t.update({"model.layers.2.self_attn.sinks": torch.ones(4)}),
+        ["unexpected tensor", "model.layers.2.self_attn.sinks"],
+    ),
+    "keys of a layer that does not share": (
+        "laguna",
+        lambda t: t.update({"model.layers.2.self_attn.k_proj.bias": torch.ones(32)}),
+        ["unexpected tensor", "model.layers.2.self_attn.k_proj.bias"],
+    ),
+    "a layer too many": (
+        "gemma4",
+        lambda t: t.update({"model.layers.6.input_layernorm.weight": torch.ones(32)}),
+        ["unexpected tensor", "model.layers.6.input_layernorm.weight"],
+    ),
+    "an expert too many": (
+        "laguna",
+        lambda t: t.update({"model.layers.2.mlp.experts.8.up_proj.weight": torch.ones(12, 32)}),
+        ["unexpected tensor", "model.layers.2.mlp.experts.8.up_proj.weight"],
+    ),
+    "a wrong shape": (
+        "gemma4",
+        lambda t: t.update({Q_PROJ: torch.ones(64, 31)}),
+        [Q_PROJ, "[64, 31]", "[64, 32]"],
+    ),
+    "a transposed matrix": (
+        "laguna",
+        lambda t: t.update({"model.layers.0.mlp.down_proj.weight": torch.ones(40, 32)}),
+        ["model.layers.0.mlp.down_proj.weight", "[40, 32]", "[32, 40]"],
+    ),
+    "an expert of a wrong shape": (
+        "laguna",
+        lambda t: t.update({"model.layers.2.mlp.experts.5.up_proj.weight": torch.ones(13, 32)}),
+        ["model.layers.2.mlp.experts.5.up_proj.weight", "[13, 32]", "[12, 32]"],
+    ),
+    "a shape that would broadcast": (
+        "laguna",
+        lambda t: t.update({"model.layers.2.mlp.experts.5.up_proj.weight": torch.ones(1, 32)}),
+        ["model.layers.2.mlp.experts.5.up_proj.weight", "[1, 32]", "[12, 32]"],
+    ),
+    "a tensor under two prefixes": (
+        "gemma4",
+        lambda t: t.update({"model.language_model." + NORM.removeprefix("model."): torch.ones(32)}),
+        [NORM, "model.language_model.layers.1.input_layernorm.weight"],
+    ),
+    "a selection bias in both places": (
+        "laguna",
+        lambda t: t.update({BIAS.replace("experts", "gate"): torch.ones(8)}),
+        [BIAS, BIAS.replace("experts", "gate")],
+    ),
+    "a shared expert spelled in both ways": (
+        "laguna",
+        lambda t: t.update({"model.layers.1.mlp.shared_experts.up_proj.weight": torch.ones(20, 32)}),
+        ["shared_experts.up_proj.weight", "shared_expert.up_proj.weight"],
+    ),
+    "experts both fused and single": (
+        "laguna",
+        lambda t: t.update({"model.layers.1.mlp.experts.down_proj": torch.ones(8, 32, 12)}),
+        ["model.layers.1.mlp.experts.down_proj and model.layers.1.mlp.experts.", ".down_proj.weight"],
+    ),
+    "integers": (
+        "gemma4",
+        lambda t: t.update({Q_PROJ: torch.ones(64, 32, dtype=torch.int8)}),
+        [Q_PROJ, "int8"],
+    ),
+    "eight-bit floats without scales": (
+        "laguna",
+        lambda t: t.update({NORM: torch.ones(32).to(torch.float8_e4m3fn)}),
+        [NORM, "float8_e4m3fn"],
+    ),
+}
+
+
+@pytest.mark.parametrize("misfit", MISFITS)
+def test_a_checkpoint_that_does_not_fit_is_refused_in_one_line_that_names_the_tensor(
+    misfit: str, tmp_path: Path
+) -> None:
+    family, change, words = MISFITS[misfit]
+    folder = released(family, tmp_path)
+    edit(folder, change)
+    with pytest.raises(kvell.CheckpointError) as refusal:
+        kvell.from_pretrained(folder)
+    message = str(refusal.value)
+    assert "\n" not in message
+    for word in words:
+        assert word in message
+
+
+def cut(path: Path, keep: float) -> None:
+    os.truncate(path, int(path.stat().st_size * keep))
+
+
+FIRST = "model-00001"
+DAMAGES: dict[str, tuple[Callable[[Path], object], list[str]]] = {
+    "a missing shard": (lambda shard: shard.unlink(), [FIRST, "missing"]),
+    "a shard cut short in its tensors": (lambda shard: cut(shard, 0.9), [FIRST]),
+    "a shard cut short in its header": (lambda shard: cut(shard, 0.01), [FIRST]),
+    "an empty shard": (lambda shard: cut(shard, 0), [FIRST]),
+    "a shard of other tensors": (lambda shard: save_file({"x": torch.ones(1)}, shard), [FIRST]),
+    "a missing index": (
+        lambda shard: shard.with_name("model.safetensors.index.json").unlink(),
+        ["model.safetensors", "model.safetensors.index.json"],
+    ),
+    "a damaged index": (
+        lambda shard: shard.with_name("model.safetensors.index.json").write_text('{"weight'),
+        ["model.safetensors.index.json"],
+    ),
+    "an index without its map": (
+        lambda shard: shard.with_name("model.safetensors.index.json").write_text('{"metadata": {}}'),
+        ["model.safetensors.index.json", "weight_map"],
+    ),
+    "no config": (lambda shard: shard.with_name("config.json").unlink(), ["config.json"]),
+    "a config that is no JSON": (
+        lambda shard: shard.with_name("config.json").write_text("{'model_type': 1}"),
+        ["config.json"],
+    ),
+    "a config that is a list": (lambda shard: shard.with_name("config.json").write_text("[]"), ["config.json"]),
+    "a config that is no text": (
+        lambda shard: shard.with_name("config.json").write_bytes(b"\xff\xfe\x00"),
+        ["config.json"],
+    ),
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGES)
+def test_a_damaged_checkpoint_is_refused_in_one_line_that_names_the_file(damage: str, tmp_path: Path) -> None:
+    some_model("laguna", tmp_path).save_pretrained(tmp_path / "saved", max_shard_bytes=20000)
+    do, words = DAMAGES[damage]
+    do(next((tmp_path / "saved").glob(f"{FIRST}-of-*.safetensors")))
+    with pytest.raises(kvell.CheckpointError) as refusal:
+        kvell.from_pretrained(tmp_path / "saved")
+    message = str(refusal.value)
+    assert "\n" not in message
+    for word in [*words, str(tmp_path / "saved")]:
+        assert word in message
+
+
+def test_a_single_file_cut_short_is_refused(tmp_path: Path) -> None:
+    folder = released("gemma4", tmp_path)
+    cut(folder / "model.safetensors", 0.5)
+    with pytest.raises(kvell.CheckpointError, match=r"model\.safetensors"):
+        kvell.from_pretrained(folder)
+
+
+def test_a_directory_that_is_not_there_is_named(tmp_path: Path) -> None:
+    with pytest.raises(kvell.CheckpointError, match="nowhere"):
+        kvell.from_pretrained(tmp_path / "nowhere")
+    (tmp_path / "file").write_text("")
+    with pytest.raises(kvell.KvellError, match="file"):
+        kvell.from_pretrained(tmp_path / "file")
+
+
+@torch.no_grad()
+def test_what_a_text_decoder_has_no_use_for_is_left_out_by_rule(tmp_path: Path) -> None:
+    folder = released("gemma4", tmp_path)
+    wanted = kvell.from_pretrained(folder)(prompt())
+    edit(
+        folder,
+        lambda tensors: tensors.update(
+            {
+                "model.vision_tower.patch_embedder.input_proj.weight": torch.randn(3, 3),
+                "vision_tower.std_bias": torch.randn(3),
+                "model.audio_tower.layers.0.feed_forward1.ffw_layer_1.linear.weight": torch.randn(3, 3),
+                "model.embed_vision.embedding_projection.weight": torch.randn(3, 3),
+                "embed_audio.embedding_projection.weight": torch.randn(3, 3),
+                "model.layers.4.self_attn.k_proj.weight": torch.randn(16, 32),
+                "model.layers.4.self_attn.v_proj.weight": torch.randn(16, 32),
+                "model.layers.4.self_attn.k_norm.weight": torch.randn(8),
+                "lm_head.weight": torch.randn(97, 32),
+            }
+        ),
+    )
+    assert torch.equal(kvell.from_pretrained(folder)(prompt()), wanted)
+
+
+@pytest.mark.parametrize(
+    "name", ["model.layers.1.self_attn.k_bias", "model.layers.9.self_attn.k_proj.weight", "model.vision.weight"]
+)
+def test_a_rule_leaves_out_nothing_but_what_it_is_for(name: str, tmp_path: Path) -> None:
+    folder = released("gemma4", tmp_path)
+    edit(folder, lambda tensors: tensors.update({name: torch.randn(16, 32)}))
+    with pytest.raises(kvell.CheckpointError, match=name):
+        kvell.from_pretrained(folder)
+
+
+@pytest.mark.parametrize("max_shard_bytes", [2**32, 9000])
+@every_family
+@torch.no_grad()
+def test_a_model_can_be_saved_over_the_files_it_reads_from(family: str, max_shard_bytes: int, tmp_path: Path) -> None:
+    """Its weights are views of those files."""
+    folder = tmp_path / "saved"
+    some_model(family, tmp_path).save_pretrained(folder, max_shard_bytes=20000)
+    model = kvell.from_pretrained(folder)
+    before = model(tokens_for(model))
+    model.norm.weight.mul_(2)
+    model.save_pretrained(folder, max_shard_bytes=max_shard_bytes)
+    again = kvell.from_pretrained(folder)
+    assert not torch.equal(before, again(tokens_for(model)))
+    assert torch.equal(model(tokens_for(model)), again(tokens_for(model)))
+    index = folder / "model.safetensors.index.json"
+    assert index.exists() == (max_shard_bytes == 9000)
+    shards = set(json.loads(index.read_text())["weight_map"].values()) if index.exists() else {"model.safetensors"}
+    assert {path.name for path in folder.iterdir()} - {index.name} == {"config.json", *shards}
+
+
+def test_changing_a_loaded_model_does_not_change_its_files(tmp_path: Path) -> None:
+    folder = released("laguna", tmp_path)
+    before = contents(folder)
+    model = kvell.from_pretrained(folder)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(1)
+    del model
+    assert contents(folder) == before
+
+
+def without_room(script: str, *arguments: Path) -> None:
+    """Runs a script in a process that may write no file of more than 4096 bytes, as if the disk were full."""
+    limit = "import resource; resource.setrlimit(resource.RLIMIT_FSIZE, (4096, 4096))"
+    code = f"import sys, kvell, torch\n{limit}\n{script}"
+    done = subprocess.run(
+        [sys.executable, "-c", code, *map(str, arguments)], capture_output=True, text=True, check=False, timeout=120
+    )
+    assert done.returncode == 0, done.stderr
+
+
+def test_a_full_disk_leaves_the_old_model_and_no_scratch(tmp_path: Path) -> None:
+    folder = released("laguna", tmp_path / "old")
+    before = contents(tmp_path)
+    without_room(
+        """
+model = kvell.from_pretrained(sys.argv[1])
+for target in sys.argv[1:]:
+    for size in (2**32, 20000):
+        try:
+            model.save_pretrained(target, max_shard_bytes=size)
+        except kvell.CheckpointError as error:
+            message = str(error)
+            assert target in message and "unchanged" in message and chr(10) not in message, message
+        else:
+            raise SystemExit("saved without room")
+""",
+        folder,
+        tmp_path / "new",
+    )
+    assert contents(tmp_path) == before
+    assert not any(".saving" in path.name for path in tmp_path.rglob("*"))
+
+
+def test_a_full_disk_leaves_the_old_cache_and_no_scratch(tmp_path: Path) -> None:
+    folder = released("laguna", tmp_path / "model")
+    model, path = kvell.from_pretrained(folder), tmp_path / "prompt.cache"
+    cache = model.make_cache()
+    model(prompt(), cache=cache)
+    cache.save(path)
+    before = contents(tmp_path)
+    without_room(
+        """
+model = kvell.from_pretrained(sys.argv[1])
+cache = model.make_cache()
+model(torch.ones(1, 100, dtype=torch.long), cache=cache)
+try:
+    cache.save(sys.argv[2])
+except kvell.KvellError as error:
+    message = str(error)
+    assert "prompt.cache" in message or str(sys.argv[2]).rsplit("/", 1)[0] in message, message
+    assert chr(10) not in message, message
+else:
+    raise SystemExit("saved without room")
+""",
+        folder,
+        path,
+    )
+    assert contents(tmp_path) == before
+    assert not any(".saving" in path.name for path in tmp_path.rglob("*"))
+    loaded = kvell.Cache.load(path, model)
+    step = torch.tensor([[5]])
+    assert torch.equal(model(step, cache=loaded), model(step, cache=cache))
+
+
+@every_family
+def test_saving_replaces_files_and_never_writes_into_them(family: str, tmp_path: Path) -> None:
+    """Whoever still has the old file open, or linked, keeps it whole."""
+    model = some_model(family, tmp_path)
+    cache = model.make_cache()
+    model(tokens_for(model), cache=cache)
+    for _ in range(2):
+        model.save_pretrained(tmp_path / "saved")
+        cache.save(tmp_path / "saved" / "prompt.cache")
+        if not (tmp_path / "linked").exists():
+            shutil.copytree(tmp_path / "saved", tmp_path / "linked", copy_function=os.link)
+            before = contents(tmp_path / "linked")
+            with torch.no_grad():
+                model.norm.weight.add_(1)
+            model(tokens_for(model), cache=cache)
+    assert contents(tmp_path / "linked") == before
+    after = contents(tmp_path / "saved")
+    assert after["model.safetensors"] != before["model.safetensors"]
+    assert after["prompt.cache"] != before["prompt.cache"]
+
+
+def test_a_model_is_not_saved_where_a_file_stands(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("mine")
+    with pytest.raises(kvell.CheckpointError, match="file"):
+        mixed_model().save_pretrained(tmp_path / "file")
+    assert (tmp_path / "file").read_text() == "mine"
+
+
+def test_other_files_of_a_directory_stay_when_a_model_is_saved_there(tmp_path: Path) -> None:
+    (tmp_path / "tokenizer.json").write_text("{}")
+    (tmp_path / "README.md").write_text("about")
+    mixed_model().save_pretrained(tmp_path)
+    assert {path.name for path in tmp_path.iterdir()} == {
+        "README.md",
+        "config.json",
+        "model.safetensors",
+        "tokenizer.json",
+    }
+
+
+@torch.no_grad()
+def test_a_moved_checkpoint_is_the_same_model(tmp_path: Path) -> None:
+    """Nothing in the files refers to where they are; a cache saved by one copy is the other's too."""
+    one = kvell.from_pretrained(released("laguna", tmp_path / "one"))
+    cache = one.make_cache()
+    one(prompt(), cache=cache)
+    cache.save(tmp_path / "prompt.cache")
+    shutil.copytree(tmp_path / "one", tmp_path / "two")
+    two = kvell.from_pretrained(tmp_path / "two")
+    loaded = kvell.Cache.load(tmp_path / "prompt.cache", two)
+    step = torch.tensor([[5]])
+    assert torch.equal(one(step, cache=cache), two(step, cache=loaded))
