@@ -20,5 +20,6 @@ check: $(INSTALLED)
 
 $(INSTALLED): pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/pip install --constraint constraints.txt --editable ".[test,dev]"
+	@echo "installing into $(VENV)"
+	$(BIN)/pip install --quiet --constraint constraints.txt --editable ".[test,dev]"
 	touch $(INSTALLED)

@@ -25,6 +25,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 import kvell
+import kvell.checkpoint  # now, not after half an hour: what is missing must show at the start
 
 VOCABULARY = 2048
 BOS, EOS = "<|bos|>", "<|eos|>"
