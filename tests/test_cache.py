@@ -1,13 +1,17 @@
 """What a cache holds, what it reserves, and what it refuses."""
 
+import json
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from safetensors import safe_open
+from safetensors.torch import save_file
 from strategies import random_model
 from torch import Tensor
 
@@ -252,3 +256,53 @@ def test_a_released_model_at_128k_holds_the_published_bytes(name: str, gigabytes
     else:
         assert held <= allocated <= held * 9 / 8 + BLOCK_ROWS * 15 * 2 * 512 * 2
     assert abs(grown - held) <= 0.03 * held
+
+
+def test_a_cache_stepped_in_inference_mode_continues_outside_it(model: Decoder) -> None:
+    tokens = torch.randint(0, 31, (1, 40))
+    with torch.no_grad():
+        whole = model(tokens)
+    for reserve in (None, 40):
+        cache = model.make_cache(max_length=reserve)
+        with torch.inference_mode():
+            model(tokens[:, :20], cache=cache)
+        torch.testing.assert_close(model(tokens[:, 20:], cache=cache), whole[:, 20:], atol=1e-4, rtol=1e-4)
+
+
+def test_another_models_cache_is_refused_and_stays_usable(model: Decoder) -> None:
+    deeper = random_model(small_config(7, None, None))
+    cache = deeper.make_cache()
+    with pytest.raises(CacheError, match="made for another model"):
+        feed(model, cache, 1)
+    assert feed(deeper, cache, 1).shape == (1, 1, 31)
+    stale = model.make_cache()
+    with pytest.raises(CacheError, match="make a cache after moving the model"):
+        feed(random_model(model.config).to(torch.bfloat16), stale, 1)
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [("rewindable", []), ("rewindable", [99]), ("lengths", None), ("dtype", 3), ("max_length", 2), ("format", "x")],
+)
+def test_a_saved_cache_with_an_impossible_header_is_refused(
+    model: Decoder, tmp_path: Path, field: str, value: object
+) -> None:
+    cache = model.make_cache()
+    feed(model, cache, 5)
+    cache.save(tmp_path / "state")
+    with safe_open(tmp_path / "state", "pt") as file:
+        header = json.loads(file.metadata()["kvell"])
+        tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    save_file(tensors, tmp_path / "state", {"kvell": json.dumps(header | {field: value})})
+    with pytest.raises(CacheError, match="is not a readable cache file"):
+        Cache.load(tmp_path / "state", model)
+
+
+@pytest.mark.parametrize("wrong", [1.5, "3", [1.0]])
+def test_a_rewind_by_no_whole_number_is_refused(model: Decoder, wrong: Any) -> None:
+    cache = model.make_cache(max_rewind=4)
+    feed(model, cache, 5)
+    with pytest.raises(CacheError, match="whole number"):
+        cache.rewind(wrong)
+    with pytest.raises(CacheError, match="no sequence 1 in a cache of 1"):
+        cache.select([1])
