@@ -358,3 +358,10 @@ def test_kvell_runs_as_a_module() -> None:
     process = subprocess.run([sys.executable, "-m", "kvell", "generate"], capture_output=True, check=False)
     assert process.returncode == 1
     assert process.stderr.startswith(b"error: no prompt is given")
+
+
+def test_an_empty_prompt_is_refused(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    (tmp_path / "empty").touch()
+    for arguments in (["--prompt", ""], ["--prompt-file", str(tmp_path / "empty")]):
+        assert main(["generate", *arguments]) == 1
+        assert capsys.readouterr().err == "error: the prompt is empty: a model continues at least one character\n"

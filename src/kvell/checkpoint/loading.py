@@ -70,7 +70,7 @@ def known_dtype(dtype: torch.dtype | str | None) -> torch.dtype | None:
 
 def available_device(device: torch.device | str) -> torch.device:
     """The device. InputError, with those that there are, for one that this machine lacks."""
-    known = ["cpu", "meta"]
+    known = ["cpu"]
     if (accelerator := torch.accelerator.current_accelerator(check_available=True)) is not None:
         known += [accelerator.type, *(f"{accelerator.type}:{i}" for i in range(torch.accelerator.device_count()))]
     if str(device) not in known:

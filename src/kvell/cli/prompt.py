@@ -9,8 +9,15 @@ from kvell.errors import InputError
 def read_prompt(text: str | None, file: str | None, from_stdin: bool) -> str:
     """The text of the one prompt given. `file` may be "-", which is stdin.
 
-    Raises InputError where there is none or more than one, or where it cannot be read as UTF-8.
+    Raises InputError where there is none or more than one, or where it is empty or not UTF-8.
     """
+    prompt = _read(text, file, from_stdin)
+    if not prompt:
+        raise InputError("the prompt is empty: a model continues at least one character")
+    return prompt
+
+
+def _read(text: str | None, file: str | None, from_stdin: bool) -> str:
     sources = (text is not None) + (file is not None) + from_stdin
     if sources != 1:
         given = "no prompt is given" if sources == 0 else "more than one prompt is given"
