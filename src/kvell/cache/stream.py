@@ -87,7 +87,11 @@ class Stream:
             capacity = with_reserve(keep) if self.reserved is None else len(self.buffer)
             if visible > capacity:
                 joined = torch.cat([self.held, rows])
-                self._move(joined[visible - keep :], capacity)
+                if capacity == len(self.buffer):  # a new buffer beside `joined` would leave the heap in holes
+                    self.buffer[:keep] = joined[visible - keep :]
+                    self.start, self.count = 0, keep
+                else:
+                    self._move(joined[visible - keep :], capacity)
                 return joined
             self._move(self.held, capacity)
         self.buffer[self.start + self.count : self.start + visible] = rows
