@@ -1,13 +1,15 @@
 """Weights in: every parameter is set by exactly one tensor (or by pieces that fill it exactly), and every tensor is
 used or left out by a named rule. Anything else is an error, so no weight is ever random by accident."""
 
-from collections import defaultdict
+import warnings
+from collections import Counter, defaultdict
 from collections.abc import Iterator
 from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 
+from kvell.checkpoint.quantised import FLOATS, QuantisedFiles
 from kvell.checkpoint.reading import TensorFiles
 from kvell.config import ModelConfig
 from kvell.errors import CheckpointError, InputError
@@ -17,7 +19,6 @@ from kvell.layers.per_layer_embedding import MappedTable
 from kvell.model import Decoder
 
 TABLE = "per_layer_inputs.table.weight"
-DTYPES = ("bfloat16", "float32", "float16", "float64")
 HUB_FILES = ["*.json", "*.safetensors", "tokenizer*"]
 
 
@@ -27,14 +28,17 @@ def from_pretrained(
     device: torch.device | str = "cpu",
     *,
     map_per_layer_table: bool | None = None,
+    released_rounding: bool = False,
 ) -> Decoder:
     """A model from a directory in Hugging Face layout, or from the hub.
 
     `dtype` None keeps the dtype that the embedding is stored in. On the CPU, weights already stored in the wanted
-    dtype stay memory-mapped: the disk is read when they are first used. `map_per_layer_table` keeps the table of
-    per-layer embeddings on disk whatever dtype and device the rest has: only rows of used tokens are read, results
-    are identical, but the table cannot be trained; None does so on the CPU for a table of more than a quarter of the
-    model. ConfigError or CheckpointError, naming the tensor, for anything that does not fit exactly.
+    dtype stay memory-mapped: the disk is read when they are first used. Weights stored in FP8 or FP4 are unpacked
+    into the wanted dtype. `map_per_layer_table` keeps the table of per-layer embeddings on disk whatever dtype and
+    device the rest has: only rows of used tokens are read, results are identical, but the table cannot be trained;
+    None does so on the CPU for a table of more than a quarter of the model. `released_rounding`
+    simulates the rounding of the released inference code (DeepSeek V4's FP8 rows and FP4 indexer). ConfigError or
+    CheckpointError, naming the tensor, for anything that does not fit exactly.
     """
     device = available_device(device)
     dtype = known_dtype(dtype)
@@ -45,27 +49,34 @@ def from_pretrained(
     # A family's model that no longer fits the family is stored in Kvell's own form.
     own_form = read_json(folder / "config.json").get("model_type") == "kvell"
     family = None if own_form else FAMILIES[config.family or ""]
-    files = TensorFiles(folder)
-    sources = match(files.names(), config, family)
+    files = QuantisedFiles(TensorFiles(folder), family.scale_name if family else lambda name: None)
+    if family:
+        config = family.adapted(config, files.names())
+    sources, left_out = match(files, config, family)
+    if left_out:
+        warnings.warn(_notice(left_out), stacklevel=2)
     if dtype is None:
-        dtype = files.get(next(iter(sources["embedding.weight"]))).dtype
-    model = build_empty(config, dtype)
+        dtype = files.dtype(next(iter(sources["embedding.weight"])))
+    model = build_empty(config.with_released_rounding() if released_rounding else config, dtype)
     if map_per_layer_table is None:
         map_per_layer_table = device.type == "cpu" and _table_is_large(model)
     for parameter, placed in sources.items():
         mapped = parameter == TABLE and map_per_layer_table
-        _set(model, parameter, _assemble(files, model, parameter, placed, device, mapped), mapped)
+        values = _assemble(files, model, parameter, placed, device, mapped)
+        _check_loaded(model, parameter, values, next(iter(placed)))
+        _set(model, parameter, values, mapped)
     return model.eval()
 
 
 def known_dtype(dtype: torch.dtype | str | None) -> torch.dtype | None:
     """The dtype, by itself or by name; None for the stored one. InputError for one that no model computes in."""
-    for name in DTYPES:
-        if dtype in (name, getattr(torch, name)):
-            return getattr(torch, name)
+    known = {str(one).removeprefix("torch."): one for one in FLOATS}
+    for name, one in known.items():
+        if dtype in (name, one):
+            return one
     if dtype is None:
         return None
-    raise InputError(f"dtype {dtype} is unknown: use one of {', '.join(DTYPES)}")
+    raise InputError(f"dtype {dtype} is unknown: use one of {', '.join(known)}")
 
 
 def available_device(device: torch.device | str) -> torch.device:
@@ -94,34 +105,57 @@ def native_placements(config: ModelConfig) -> Placements:
     return {name: Placement(name) for name, _ in build_empty(config, torch.float32).named_tensors()}
 
 
-def match(names: list[str], config: ModelConfig, family: Family | None) -> dict[str, dict[str, Placement]]:
-    """For every parameter the file's tensors that set it. CheckpointError for a tensor nobody wants, for one spelled
-    twice, and for a parameter that is left unset."""
+def match(
+    files: QuantisedFiles, config: ModelConfig, family: Family | None
+) -> tuple[dict[str, dict[str, Placement]], Counter[str]]:
+    """For every parameter the file's tensors that set it, and how many are left out by each rule that is noticed.
+
+    CheckpointError for a tensor nobody wants, for one spelled twice, and for a parameter that is left unset.
+    """
     written = family.placements(config) if family else native_placements(config)
     known = written | (family.alternatives(config) if family else {})
     sources: dict[str, dict[str, Placement]] = defaultdict(dict)
     seen: dict[Placement, str] = {}
-    for name in names:
-        plain = family.canonical(name) if family else name
+    rules = family.skip_rules if family else {}
+    left_out: Counter[str] = Counter()
+    canonical = family.spelling(files.names(), config) if family else str
+    for name in files.names():
+        plain = canonical(name)
         if plain in known:
             place = known[plain]
             if place in seen:
                 raise CheckpointError(f"{name} and {seen[place]} are the same tensor, spelled in two ways")
             seen[place] = name
             sources[place.parameter][name] = place
-        elif family is None or not any(rule(name, config) for rule in family.skip_rules.values()):
+        elif (rule := next((rule for rule, applies in rules.items() if applies(name, config)), None)) is None:
             raise CheckpointError(f"unexpected tensor {name}: the config has no place for it")
+        elif family and rule in family.noticed_rules:
+            left_out[rule] += 2 if name in files.scales else 1
+    pieces: dict[str, dict[str, Placement]] = defaultdict(dict)
+    for name, place in known.items():
+        if not place.whole:
+            pieces[place.parameter][name] = place
     for name, place in written.items():
-        if place not in seen and Placement(place.parameter) not in seen:
+        if place in seen or Placement(place.parameter) in seen:
+            continue
+        absent = [piece for piece, where in pieces[place.parameter].items() if where not in seen]
+        if not place.whole or len(absent) == len(pieces[place.parameter]):
             raise CheckpointError(f"missing tensor {name}")
+        if absent:
+            raise CheckpointError(f"missing tensor {absent[0]}")
     for parameter, placed in sources.items():
         if len(placed) > 1 and (twice := [name for name, place in placed.items() if place.whole]):
             raise CheckpointError(f"{twice[0]} and {next(n for n in placed if n != twice[0])} both set {parameter}")
-    return dict(sources)
+    return dict(sources), left_out
+
+
+def _notice(left_out: Counter[str]) -> str:
+    counts = ", ".join(f"{count} by the rule {rule!r}" for rule, count in sorted(left_out.items()))
+    return f"tensors of the checkpoint are left out: {counts}"
 
 
 def _assemble(
-    files: TensorFiles,
+    files: QuantisedFiles,
     model: Decoder,
     parameter: str,
     placed: dict[str, Placement],
@@ -132,12 +166,7 @@ def _assemble(
     target = _target(model, parameter)
     values: Tensor | None = None
     for name, place in placed.items():
-        tensor = files.get(name)
-        wanted = place.of(target).shape
-        if tensor.shape != wanted:
-            raise CheckpointError(f"{name} has the shape {list(tensor.shape)}, wanted is {list(wanted)}")
-        if str(tensor.dtype).removeprefix("torch.") not in DTYPES:
-            raise CheckpointError(f"{name} is stored as {tensor.dtype}, which cannot be read without its scales")
+        tensor = files.get(name, place.of(target))
         if place.whole:
             return tensor if mapped else tensor.to(device=device, dtype=target.dtype)
         if values is None:
@@ -150,6 +179,14 @@ def _assemble(
 def _target(model: Decoder, name: str) -> Tensor:
     owner, _, leaf = name.rpartition(".")
     return getattr(model.get_submodule(owner), leaf)
+
+
+def _check_loaded(model: Decoder, parameter: str, values: Tensor, name: str) -> None:
+    """CheckpointError, with the file's name for the tensor, if the module it is for finds something wrong in it."""
+    owner, _, leaf = parameter.rpartition(".")
+    check = getattr(model.get_submodule(owner), "check_loaded", None)
+    if check is not None and (reason := check(leaf, values)) is not None:
+        raise CheckpointError(f"{name} {reason}")
 
 
 def _set(model: Decoder, name: str, values: Tensor, mapped: bool) -> None:

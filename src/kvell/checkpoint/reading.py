@@ -5,6 +5,7 @@ A tensor that is asked for is a view of its file: its bytes come off the disk wh
 
 import json
 from pathlib import Path
+from typing import Any
 
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
@@ -19,11 +20,13 @@ class TensorFiles:
 
     def __init__(self, folder: Path) -> None:
         self._files: dict[str, Path] = {}
+        # Kept open: a header names thousands of tensors, and opening a file reads all of it.
+        self._opened: dict[Path, Any] = {}
         if not (folder / INDEX).is_file():
             single = folder / SINGLE
             if not single.is_file():
                 raise CheckpointError(f"{folder} holds neither {SINGLE} nor {INDEX}")
-            self._files = dict.fromkeys(_names(single), single)
+            self._files = dict.fromkeys(self._open(single), single)
             return
         try:
             named: dict[str, str] = json.loads((folder / INDEX).read_text())["weight_map"]
@@ -33,7 +36,7 @@ class TensorFiles:
             file = folder / shard
             if not file.is_file():
                 raise CheckpointError(f"{folder}: the shard {shard}, named in {INDEX}, is missing")
-            here = _names(file)
+            here = self._open(file)
             wanted = {name for name, where in named.items() if where == shard}
             if absent := sorted(wanted - here):
                 raise CheckpointError(f"{file} does not hold {absent[0]}, which {INDEX} places there")
@@ -46,15 +49,14 @@ class TensorFiles:
         """A tensor, (its shape), as a private view of its file."""
         file = self._files[name]
         try:
-            with safe_open(file, "pt") as opened:
-                return opened.get_tensor(name)
+            return self._opened[file].get_tensor(name)
         except (SafetensorError, OSError) as error:
             raise CheckpointError(f"{file}: {name} cannot be read: {error}") from None
 
-
-def _names(file: Path) -> set[str]:
-    try:
-        with safe_open(file, "pt") as opened:
-            return set(opened.keys())
-    except (SafetensorError, OSError) as error:
-        raise CheckpointError(f"{file} is damaged or cut short: {error}") from None
+    def _open(self, file: Path) -> set[str]:
+        """The names of the file's tensors."""
+        try:
+            self._opened[file] = safe_open(file, "pt")
+        except (SafetensorError, OSError) as error:
+            raise CheckpointError(f"{file} is damaged or cut short: {error}") from None
+        return set(self._opened[file].keys())

@@ -1,13 +1,14 @@
 """What a released family is to Kvell: the spelling of its config and of its tensors, both ways. No mathematics."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, TypeVar
 
 from torch import Tensor
 
 from kvell.config import ModelConfig
 from kvell.errors import ConfigError
+from kvell.layers.part import Part
 
 
 @dataclass(frozen=True)
@@ -28,6 +29,7 @@ class Placement:
 
 
 Placements = dict[str, Placement]
+P = TypeVar("P", bound=Part)
 SkipRule = Callable[[str, ModelConfig], bool]
 
 
@@ -39,8 +41,12 @@ class Family:
     write_config    ModelConfig -> the released spelling; ConfigError where it has none for this config
     placements      the tensor names that are written, and where each belongs
     alternatives    further names that are read, for other ways to store the same parameters
-    canonical       any spelling of a tensor's name -> the one in placements
+    spelling        the names in a file, and its config -> what turns each of them into the one in placements
+    adapted         a config, and the names in its file -> the config of what the file holds
     skip_rules      by name: tensors that a text decoder has no use for, which are left out knowingly
+    noticed_rules   names of skip rules: what they leave out is told in a warning, as a user may miss it
+    scale_name      a tensor's name as it stands in the file -> the name of the tensor that would hold its scales, if
+                    it were quantised; None for one that never is
     """
 
     name: str
@@ -49,8 +55,11 @@ class Family:
     write_config: Callable[[ModelConfig], dict[str, Any]]
     placements: Callable[[ModelConfig], Placements]
     alternatives: Callable[[ModelConfig], Placements] = lambda config: {}
-    canonical: Callable[[str], str] = lambda name: name
+    spelling: Callable[[Collection[str], ModelConfig], Callable[[str], str]] = lambda names, config: str
+    adapted: Callable[[ModelConfig, Collection[str]], ModelConfig] = lambda config, names: config
     skip_rules: Mapping[str, SkipRule] = field(default_factory=dict)
+    noticed_rules: frozenset[str] = frozenset()
+    scale_name: Callable[[str], str | None] = lambda name: None
 
 
 _REQUIRED: Any = object()
@@ -126,6 +135,14 @@ class Released:
 ACTIVATION_NAMES = {"gelu_pytorch_tanh": "gelu_tanh", "silu": "silu"}
 RELEASED_ACTIVATIONS = {ours: theirs for theirs, ours in ACTIVATION_NAMES.items()}
 KINDS = {"full_attention": "full", "sliding_attention": "sliding"}
+
+
+def all_of_kind(parts: Sequence[Part], kind: type[P], family: str) -> list[P]:
+    """The parts, if all are of the kind; ConfigError if the family has no spelling for one of them."""
+    known = [part for part in parts if isinstance(part, kind)]
+    if other := [part for part in parts if not isinstance(part, kind)]:
+        raise ConfigError(f"{family} config: there is no spelling for {type(other[0]).__name__}")
+    return known
 
 
 def token_ids(value: Any) -> tuple[int, ...]:
