@@ -10,14 +10,20 @@ from hypothesis import strategies as st
 from hypothesis.strategies import DrawFn, SearchStrategy, composite
 
 from kvell import Decoder, ModelConfig
-from kvell.config import LayerConfig
-from kvell.layers.experts import DenseBesideExperts, MixtureOfExperts, SigmoidRouter, SoftmaxRouter
+from kvell.config import DraftConfig, LayerConfig
+from kvell.layers.compressed import Compressed
+from kvell.layers.compressor import Compressor
+from kvell.layers.convolutional import Convolutional
+from kvell.layers.experts import DenseBesideExperts, MixtureOfExperts
 from kvell.layers.feed_forward import GatedMLP
 from kvell.layers.grouped_query import GroupedQuery
+from kvell.layers.hyper_connections import HyperConnections
+from kvell.layers.indexer import Indexer
 from kvell.layers.part import Part
 from kvell.layers.per_layer_embedding import PerLayerEmbedding
-from kvell.layers.residual import PlainResidual
+from kvell.layers.residual import PlainResidual, ScaledResidual
 from kvell.layers.rotary import DefaultRotary, ProportionalRotary, YarnRotary
+from kvell.layers.routers import HashRouter, MLPRouter, SigmoidRouter, SoftmaxRouter, SqrtSoftplusRouter
 
 VOCAB, HIDDEN = 31, 16
 
@@ -36,21 +42,48 @@ ROTARIES = st.one_of(
     ),
 )
 WINDOWS = st.one_of(st.none(), st.integers(1, 12))
-ROUTERS = st.one_of(
-    st.builds(SigmoidRouter, logit_softcap=st.sampled_from([0.0, 5.0])),
-    st.builds(SoftmaxRouter),
-)
-DENSE = st.builds(GatedMLP, intermediate_size=st.just(24), activation=ACTIVATIONS)
-MIXTURE = st.builds(
-    MixtureOfExperts,
-    num_experts=st.integers(3, 5),
-    top_k=st.integers(1, 3),
-    intermediate_size=st.just(8),
-    shared_intermediate_size=st.sampled_from([None, 12]),
-    router=ROUTERS,
-    routed_scale=st.sampled_from([1.0, 2.5]),
-    activation=ACTIVATIONS,
-)
+LIMITS = st.sampled_from([None, 0.5])
+DENSE = st.builds(GatedMLP, intermediate_size=st.just(24), activation=ACTIVATIONS, limit=LIMITS)
+
+
+@composite
+def mlp_router(draw: DrawFn, earlier: list[Any]) -> MLPRouter:
+    """A router with a state of its own, or one that adds an earlier layer's."""
+    states = [i for i, part in enumerate(earlier) if router_of(part) == "mlp"]
+    return MLPRouter(
+        hidden_size=6,
+        state_source=draw(st.sampled_from(states)) if states and draw(st.booleans()) else None,
+        skip_expert=draw(st.sampled_from([None, "identity", "zero"])),
+    )
+
+
+# By kind; a strategy is told the feed-forwards of the earlier layers.
+ROUTERS = {
+    "sigmoid": lambda earlier: st.builds(SigmoidRouter, logit_softcap=st.sampled_from([0.0, 5.0])),
+    "sqrt_softplus": lambda earlier: st.builds(SqrtSoftplusRouter),
+    "hash": lambda earlier: st.builds(HashRouter, score=st.sampled_from(["sqrt_softplus", "sigmoid"])),
+    "softmax": lambda earlier: st.builds(SoftmaxRouter),
+    "mlp": mlp_router,
+}
+
+
+def router_of(part: Any) -> str | None:
+    """The kind of a feed-forward's router, if it has one."""
+    return getattr(getattr(getattr(part, "mixture", part), "router", None), "kind", None)
+
+
+@composite
+def mixture(draw: DrawFn, earlier: list[Any]) -> MixtureOfExperts:
+    return MixtureOfExperts(
+        num_experts=draw(st.integers(3, 5)),
+        top_k=draw(st.integers(1, 3)),
+        intermediate_size=8,
+        shared_intermediate_size=draw(st.sampled_from([None, 12])),
+        router=draw(ROUTERS[draw(st.sampled_from(sorted(ROUTERS)))](earlier)),
+        routed_scale=draw(st.sampled_from([1.0, 2.5])),
+        activation=draw(ACTIVATIONS),
+        limit=draw(LIMITS),
+    )
 
 
 @composite
@@ -90,14 +123,69 @@ def grouped_query(draw: DrawFn, earlier: list[Any]) -> GroupedQuery:
     )
 
 
-# By kind; an attention's strategy is told the attentions of the earlier layers.
-ATTENTIONS = {"grouped_query": grouped_query}
-FEED_FORWARDS: dict[str, SearchStrategy[Any]] = {
-    "gated_mlp": DENSE,
-    "mixture_of_experts": MIXTURE,
-    "dense_beside_experts": st.builds(DenseBesideExperts, dense=DENSE, mixture=MIXTURE),
+@composite
+def convolutional(draw: DrawFn, earlier: list[Any]) -> Convolutional:
+    kv_heads = draw(st.sampled_from([1, 2, 3]))
+    return Convolutional(
+        num_heads=kv_heads * draw(st.integers(1, 3)),
+        num_kv_heads=kv_heads,
+        head_dim=draw(st.sampled_from([8, 16])),
+        rotary=draw(ROTARIES),
+        sliding_window=draw(WINDOWS),
+        depthwise_kernel=draw(st.integers(1, 3)),
+        grouped_kernel=draw(st.integers(1, 3)),
+        bias=draw(st.booleans()),
+    )
+
+
+@composite
+def compressed(draw: DrawFn, earlier: list[Any], picking: bool = True) -> Compressed:
+    """A layer with a window only, with all entries, or with picked ones."""
+    heads = draw(st.sampled_from([2, 4]))
+    compressor = draw(
+        st.one_of(
+            st.none(),
+            st.builds(Compressor, ratio=st.integers(2, 9), overlap=st.booleans()),
+        )
+    )
+    indexer = st.builds(
+        Indexer, num_heads=st.integers(1, 3), head_dim=st.sampled_from([4, 8]), top_k=st.sampled_from([1, 2, 5, 40])
+    )
+    return Compressed(
+        num_heads=heads,
+        head_dim=draw(st.sampled_from([8, 16])),
+        sliding_window=draw(st.integers(1, 12)),
+        rotary=draw(
+            st.sampled_from(
+                [
+                    DefaultRotary(theta=100.0),
+                    YarnRotary(theta=500.0, factor=4.0, original_positions=16, attention_factor=1.0),
+                ]
+            )
+        ),
+        rotary_width=draw(st.sampled_from([2, 4])),
+        query_rank=12,
+        output_groups=draw(st.sampled_from([1, heads])),
+        output_rank=6,
+        compressor=compressor,
+        indexer=draw(st.one_of(st.none(), indexer)) if picking and compressor is not None else None,
+    )
+
+
+# By kind; an attention's and a feed-forward's strategy is told those of the earlier layers.
+ATTENTIONS = {"grouped_query": grouped_query, "convolutional": convolutional, "compressed": compressed}
+FEED_FORWARDS = {
+    "gated_mlp": lambda earlier: DENSE,
+    "mixture_of_experts": mixture,
+    "dense_beside_experts": lambda earlier: st.builds(DenseBesideExperts, dense=DENSE, mixture=mixture(earlier)),
 }
-CONNECTIONS: dict[str, SearchStrategy[Any]] = {"plain": st.builds(PlainResidual)}
+CONNECTIONS: dict[str, SearchStrategy[Any]] = {
+    "plain": st.builds(PlainResidual),
+    "scaled": st.builds(ScaledResidual),
+    "hyper": st.builds(
+        HyperConnections, streams=st.integers(1, 4), iterations=st.sampled_from([1, 20]), constrained=st.booleans()
+    ),
+}
 
 
 def registered_kinds(union: Any) -> set[str]:
@@ -110,9 +198,14 @@ def registered_kinds(union: Any) -> set[str]:
 @composite
 def configs(draw: DrawFn) -> ModelConfig:
     attentions: list[Any] = []
+    feed_forwards: list[Any] = []
     for _ in range(draw(st.integers(1, 5))):
-        kind = draw(st.sampled_from(sorted(ATTENTIONS)))
-        attentions.append(draw(ATTENTIONS[kind](attentions)))
+        attentions.append(draw(ATTENTIONS[draw(st.sampled_from(sorted(ATTENTIONS)))](attentions)))
+        feed_forwards.append(draw(FEED_FORWARDS[draw(st.sampled_from(sorted(FEED_FORWARDS)))](feed_forwards)))
+    norms = st.sampled_from(["pre", "sandwich", "post"])
+    draft = LayerConfig(
+        attention=draw(compressed([], picking=False)), feed_forward=draw(mixture([])), attention_norm=draw(norms)
+    )
     return ModelConfig(
         vocab_size=VOCAB,
         hidden_size=HIDDEN,
@@ -125,13 +218,14 @@ def configs(draw: DrawFn) -> ModelConfig:
         layers=tuple(
             LayerConfig(
                 attention=attention,
-                feed_forward=draw(st.one_of(*FEED_FORWARDS.values())),
-                attention_norm=draw(st.sampled_from(["pre", "sandwich", "post"])),
-                feed_forward_norm=draw(st.sampled_from(["pre", "sandwich", "post"])),
+                feed_forward=feed_forward,
+                attention_norm=draw(norms),
+                feed_forward_norm=draw(norms),
                 layer_scalar=draw(st.booleans()),
             )
-            for attention in attentions
+            for attention, feed_forward in zip(attentions, feed_forwards, strict=True)
         ),
+        draft=draw(st.sampled_from([None, DraftConfig(layer=draft)])),
     )
 
 
@@ -141,6 +235,8 @@ def random_model(config: ModelConfig, seed: int = 0) -> Decoder:
     model = Decoder(config).eval()
     with torch.no_grad():
         for _, tensor in model.named_tensors():
+            if not tensor.is_floating_point():
+                continue
             spread = 0.15 if tensor.dim() > 1 else 0.2
             tensor.mul_(0 if tensor.dim() > 1 else 1).add_(torch.randn(tensor.shape, generator=generator) * spread)
     return model

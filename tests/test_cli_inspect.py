@@ -42,14 +42,14 @@ def test_laguna_is_resolved_layer_by_layer(capsys: pytest.CaptureFixture[str]) -
     assert [layer["sliding_window"] for layer in layers] == [None, 512, 512, 512] * 10
     assert {layer["num_kv_heads"] for layer in layers} == {8}
     assert layers[0]["feed_forward"] == "gated 8192"
-    assert layers[1]["feed_forward"] == "8 of 256 experts of 512 + shared 512"
+    assert layers[1]["feed_forward"] == "8 of 256 experts of 512 + shared 512 (sigmoid)"
 
 
 def test_the_table_shows_what_the_json_holds(capsys: pytest.CaptureFixture[str]) -> None:
     code, out, err = run(capsys, "gemma-4-e2b")
     assert (code, err) == (0, "")
     row = next(line for line in out.splitlines() if line.split()[:1] == ["19"])
-    assert "8         1         512  full    layer 14" in row
+    assert "8         1         512  full    none         layer 14" in row
     assert "4,628,569,344" in out
     assert "last 511" in out
 

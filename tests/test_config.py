@@ -18,7 +18,7 @@ BF16 = torch.bfloat16
 CONTEXT = 131072  # 128K
 
 ROTARY = {"kind": "default", "theta": 10000.0}
-ATTENTION = {"num_heads": 4, "num_kv_heads": 2, "head_dim": 8, "rotary": ROTARY}
+ATTENTION = {"kind": "grouped_query", "num_heads": 4, "num_kv_heads": 2, "head_dim": 8, "rotary": ROTARY}
 DENSE = {"kind": "gated_mlp", "intermediate_size": 24}
 MIXTURE = {
     "kind": "mixture_of_experts",

@@ -12,10 +12,20 @@ import pytest
 import torch
 from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
-from strategies import ATTENTIONS, CONNECTIONS, FEED_FORWARDS, VOCAB, configs, random_model, registered_kinds
+from strategies import (
+    ATTENTIONS,
+    CONNECTIONS,
+    FEED_FORWARDS,
+    ROUTERS,
+    VOCAB,
+    configs,
+    random_model,
+    registered_kinds,
+)
 from torch import Tensor
 
 from kvell import Cache, Decoder, ModelConfig, kernels, layers
+from kvell.layers import routers
 
 # A failing model is small already: shrinking it further would take minutes.
 DRAWN = settings(
@@ -63,7 +73,12 @@ def in_chunks(model: Decoder, cache: Cache, tokens: Tensor, sizes: list[int]) ->
 
 @pytest.mark.parametrize(
     ("union", "strategies"),
-    [(layers.Attention, ATTENTIONS), (layers.FeedForward, FEED_FORWARDS), (layers.Connection, CONNECTIONS)],
+    [
+        (layers.Attention, ATTENTIONS),
+        (layers.FeedForward, FEED_FORWARDS),
+        (layers.Connection, CONNECTIONS),
+        (routers.Router, ROUTERS),
+    ],
 )
 def test_every_registered_kind_is_drawn(union: object, strategies: dict[str, object]) -> None:
     assert registered_kinds(union) == set(strategies)
@@ -196,6 +211,18 @@ def test_reference_kernels_agree_with_the_fast_ones(config: ModelConfig, seed: i
     assert_same(fast, reference)
 
 
+def loss_of_all_parts(model: Decoder, tokens: Tensor) -> Tensor:
+    """Next tokens by the model, the tokens after by its draft block, and what trains its indexers."""
+    logits, streams = model(tokens, return_streams=True)
+    loss = torch.nn.functional.cross_entropy(logits[:, :-1].flatten(0, 1), tokens[:, 1:].flatten())
+    if model.draft_block is not None:
+        drafts, _ = model.draft(streams[:, :-1], tokens[:, 1:])
+        loss = loss + torch.nn.functional.cross_entropy(drafts[:, :-1].flatten(0, 1), tokens[:, 2:].flatten())
+    if any(getattr(layer.attention, "indexer", None) is not None for layer in model.config.layers):
+        loss = loss + model.index_loss(tokens)
+    return loss
+
+
 @DRAWN
 @given(config=CONFIGS, seed=SEEDS)
 def test_gradients_reach_every_parameter_and_survive_checkpointing(config: ModelConfig, seed: int) -> None:
@@ -205,8 +232,7 @@ def test_gradients_reach_every_parameter_and_survive_checkpointing(config: Model
         model = random_model(config, seed).train()
         model.activation_checkpointing = checkpointing
         with kernels.use(version):  # type: ignore[arg-type]
-            logits = model(tokens)
-            torch.nn.functional.cross_entropy(logits[:, :-1].flatten(0, 1), tokens[:, 1:].flatten()).backward()
+            loss_of_all_parts(model, tokens).backward()
         gradients.append({name: p.grad for name, p in model.named_parameters() if p.requires_grad})
     for name, gradient in gradients[0].items():
         assert gradient is not None, f"{name} gets no gradient"

@@ -29,6 +29,7 @@ from transformers import LagunaForCausalLM
 
 import kvell
 from kvell.layers.rotary import rotary_table
+from kvell.step import Step
 
 XS_21_FACTOR = 1.3465735902799727  # Laguna-XS-2.1's attention_factor
 
@@ -246,9 +247,10 @@ def test_gradients_equal_those_of_transformers(case: str, load) -> None:
 def test_the_selection_bias_chooses_experts_and_does_not_weigh_them(load) -> None:
     model = load(XS2)
     router, x = model.layers[1].feed_forward.router, torch.randn(50, 32)
-    before, _ = router(x)
+    step = Step.of(torch.zeros(50, dtype=torch.long), [50], None)
+    before, _ = router(x, step)
     router.selection_bias.copy_(torch.tensor([9.0, 9.0, 9.0, 0, 0, 0, 0, 0]))
-    weights, chosen = router(x)
+    weights, chosen = router(x, step)
     assert set(chosen.flatten().tolist()) == {0, 1, 2}
     scores = router.proj(x)[:, :3].sigmoid()
     wanted = (scores / scores.sum(-1, keepdim=True)).gather(1, chosen)
@@ -376,5 +378,7 @@ def test_tokens_for_which_several_experts_score_alike_are_routed_alike_in_every_
         for layer in model.layers[1:]:
             layer.feed_forward.router.proj.weight.zero_()
             layer.feed_forward.router.selection_bias.zero_()
-        _, chosen = model.layers[1].feed_forward.router(torch.randn(7, 32))
+        _, chosen = model.layers[1].feed_forward.router(
+            torch.randn(7, 32), Step.of(torch.zeros(7, dtype=torch.long), [7], None)
+        )
     assert chosen.tolist() == [[0, 1, 2]] * 7

@@ -5,6 +5,7 @@ it reads, which feed-forward, where the norms stand.
 """
 
 import hashlib
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, Self
 
@@ -13,9 +14,11 @@ from pydantic import NonNegativeInt, PositiveFloat, PositiveInt, ValidationError
 from kvell.cache import StreamSpec
 from kvell.errors import ConfigError
 from kvell.layers import Attention, Connection, FeedForward
+from kvell.layers.grouped_query import KEY_VALUES
 from kvell.layers.part import Part, Site
 from kvell.layers.per_layer_embedding import PerLayerEmbedding
 from kvell.layers.residual import PlainResidual
+from kvell.layers.routers import ROUTER_STATE
 
 NormPlacement = Literal["pre", "sandwich", "post"]
 
@@ -32,6 +35,19 @@ class LayerConfig(Part):
     attention_norm: NormPlacement = "pre"
     feed_forward_norm: NormPlacement = "pre"
     layer_scalar: bool = False
+
+    @property
+    def stands_alone(self) -> bool:
+        """Whether the layer reads nothing of another's."""
+        return self.attention.kv_source is None and self.feed_forward.state_source is None
+
+
+class DraftConfig(Part):
+    """A block that proposes the token after the next from the residual before the head (multi-token prediction, MTP):
+    one more layer, fed with the next token and what the model made of the one before; see draft.py."""
+
+    kind: Literal["multi_token_prediction"] = "multi_token_prediction"
+    layer: LayerConfig
 
 
 class ModelConfig(Part):
@@ -51,6 +67,7 @@ class ModelConfig(Part):
     embedding_scale: PositiveFloat = 1.0
     connection: Connection = PlainResidual()
     per_layer_embedding: PerLayerEmbedding | None = None
+    draft: DraftConfig | None = None
     tied_head: bool = False
     logit_softcap: PositiveFloat | None = None
     initializer_range: PositiveFloat = 0.02
@@ -62,21 +79,31 @@ class ModelConfig(Part):
         try:
             super().__init__(**fields)
         except ValidationError as error:
-            raise ConfigError(one_line(error, "config")) from None
+            raise ConfigError(one_line(error, "config", fields)) from None
 
     @model_validator(mode="after")
     def _layers_fit_together(self) -> Self:
         if not self.layers:
             raise ValueError("layers: a model has at least one layer")
         for index, layer in enumerate(self.layers):
-            source = layer.attention.kv_source
-            if source is None:
-                continue
-            if source >= index:
-                raise ValueError(f"layers.{index}.attention.kv_source: {source} is not an earlier layer")
-            if problem := layer.attention.check_source(self.layers[source].attention):
-                raise ValueError(f"layers.{index}.attention.kv_source: cannot read layer {source}, {problem}")
+            self._check_source(index, "attention.kv_source", layer.attention, layer.attention.kv_source)
+            self._check_source(
+                index, "feed_forward.state_source", layer.feed_forward, layer.feed_forward.state_source
+            )
+        if self.draft is not None and not self.draft.layer.stands_alone:
+            raise ValueError("draft.layer: it stands behind the model and reads nothing that a layer made")
+        if self.draft is not None and getattr(self.draft.layer.attention, "indexer", None) is not None:
+            raise ValueError("draft.layer.attention.indexer: a draft block's indexer would never be trained")
         return self
+
+    def _check_source(self, index: int, field: str, part: Any, source: int | None) -> None:
+        """ValueError if layer `index` reads from another what that one does not have."""
+        if source is None:
+            return
+        if source >= index:
+            raise ValueError(f"layers.{index}.{field}: {source} is not an earlier layer")
+        if problem := part.check_source(getattr(self.layers[source], field.split(".")[0])):
+            raise ValueError(f"layers.{index}.{field}: cannot read layer {source}, {problem}")
 
     @property
     def num_layers(self) -> int:
@@ -91,6 +118,28 @@ class ModelConfig(Part):
         return {
             (index, spec.name): spec for index, layer in enumerate(self.layers) for spec in layer.attention.streams()
         }
+
+    def draft_streams(self) -> dict[tuple[int, str], StreamSpec]:
+        """The same for the draft block, which has a cache of its own; empty without one."""
+        specs = () if self.draft is None else self.draft.layer.attention.streams()
+        return {(self.num_layers, spec.name): spec for spec in specs}
+
+    def reads(self) -> frozenset[tuple[int, str]]:
+        """What layers read of earlier ones, by the earlier one's index and what it is."""
+        keys = ((layer.attention.kv_source, KEY_VALUES) for layer in self.layers)
+        states = ((layer.feed_forward.state_source, ROUTER_STATE) for layer in self.layers)
+        return frozenset((source, name) for source, name in [*keys, *states] if source is not None)
+
+    def with_released_rounding(self) -> Self:
+        """The same model with the rounding that its released inference code applies to what it caches, simulated.
+        ConfigError where no layer has one, or its formats do not fit."""
+        layers = [layer.model_dump() for layer in self.layers]
+        rounded = [layer["attention"] for layer in layers if "released_rounding" in layer["attention"]]
+        if not rounded:
+            raise ConfigError("config: released_rounding: no layer of this model rounds what it caches")
+        for attention in rounded:
+            attention["released_rounding"] = True
+        return type(self).from_dict(self.model_dump() | {"layers": layers})
 
     def digest(self) -> str:
         """A short name for the mathematics described: whatever a token's logits depend on, besides the weights."""
@@ -118,11 +167,25 @@ class ModelConfig(Part):
         return self.model_dump_json(indent=2)
 
 
-def one_line(error: ValidationError, where: str) -> str:
-    """The first problem of a failed validation, with the path to it, and how many more there are."""
+def one_line(error: ValidationError, where: str, values: Any) -> str:
+    """The first problem of a failed validation, with the path to it in the values, and how many more there are."""
     problems = error.errors()
     first = problems[0]
-    path = ".".join(str(step) for step in first["loc"])
+    path = ".".join(_steps(first["loc"], values))
     message = first["msg"].removeprefix("Value error, ")
+    if first["type"] == "union_tag_not_found":
+        message = "kind is missing"
     more = f" (and {len(problems) - 1} more)" if len(problems) > 1 else ""
     return f"{where}: {path + ': ' if path else ''}{message}{more}"
+
+
+def _steps(location: tuple[int | str, ...], values: Any) -> Iterator[str]:
+    """The steps of a path, without those that pydantic adds: the kind of a part, where it could have been another."""
+    for step in location:
+        if isinstance(values, Mapping) and step not in values and step == values.get("kind"):
+            continue
+        yield str(step)
+        if isinstance(values, Mapping):
+            values = values.get(step)
+        elif isinstance(values, Sequence) and isinstance(step, int):
+            values = values[step]

@@ -9,20 +9,24 @@ import hashlib
 import warnings
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Literal, overload
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from kvell.cache import Cache
-from kvell.config import ModelConfig, NormPlacement
+from kvell.cache import Cache, StreamSpecs
+from kvell.config import ModelConfig
+from kvell.draft import DraftBlock
 from kvell.errors import CacheError, InputError
+from kvell.layer import Layer
 from kvell.layers.norms import RMSNorm
-from kvell.layers.part import Site
 from kvell.layers.per_layer_embedding import MappedTable
 from kvell.step import Step
+
+# What a step computes for its tokens takes memory: a long prompt goes through in steps of so many tokens.
+MAX_STEP = 2048
 
 
 class Decoder(nn.Module):
@@ -40,14 +44,16 @@ class Decoder(nn.Module):
         ple = config.per_layer_embedding
         self.per_layer_inputs = ple.build_inputs(site) if ple else None
         self.ends = config.connection.build_ends(site)
-        self.layers = nn.ModuleList(Layer(config, index) for index in range(config.num_layers))
+        self.layers = nn.ModuleList(
+            Layer(config, layer, index, per_layer_embedding=ple is not None)
+            for index, layer in enumerate(config.layers)
+        )
         self.norm = RMSNorm(config.hidden_size, config.norm_eps)
         if not config.tied_head:
             self.head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
-        self._sources = frozenset(
-            layer.attention.kv_source for layer in config.layers if layer.attention.kv_source is not None
-        )
-        self._streams = config.streams()
+        self.draft_block = DraftBlock(config, config.draft) if config.draft else None
+        self._sources = config.reads()
+        self._streams, self._draft_streams = config.streams(), config.draft_streams()
         self._last_writer = max(layer for layer, _ in self._streams)
         self.reset_parameters()
 
@@ -59,6 +65,28 @@ class Decoder(nn.Module):
     def device(self) -> torch.device:
         return self.embedding.weight.device
 
+    @overload
+    def forward(
+        self,
+        tokens: Int[Tensor, "B n"],
+        cache: Cache | None = ...,
+        *,
+        counts: Sequence[int] | None = ...,
+        last_only: bool = ...,
+        return_streams: Literal[False] = ...,
+    ) -> Float[Tensor, "B m V"]: ...
+
+    @overload
+    def forward(
+        self,
+        tokens: Int[Tensor, "B n"],
+        cache: Cache | None = ...,
+        *,
+        counts: Sequence[int] | None = ...,
+        last_only: bool = ...,
+        return_streams: Literal[True],
+    ) -> tuple[Float[Tensor, "B m V"], Float[Tensor, "B n *C"]]: ...
+
     def forward(
         self,
         tokens: Int[Tensor, "B n"],
@@ -66,38 +94,81 @@ class Decoder(nn.Module):
         *,
         counts: Sequence[int] | None = None,
         last_only: bool = False,
-    ) -> Float[Tensor, "B m V"]:
+        return_streams: bool = False,
+    ) -> Float[Tensor, "B m V"] | tuple[Float[Tensor, "B m V"], Float[Tensor, "B n *C"]]:
         """Logits of every token, (B, n, V), or of each sequence's last one, (B, 1, V), with `last_only`.
 
         With a cache every sequence continues where it stands, and nothing is recorded for gradients. `counts` lays
         sequences of different lengths end to end in one row: tokens is (1, sum of counts), sequence i continues the
         cache's sequence i, none sees another, and the logits are (1, sum of counts, V), or (1, sequences, V) with
-        `last_only`. InputError for tokens that cannot be; CacheError for a cache that does not fit.
+        `last_only`. `return_streams` adds the residual of every token before the last collapse and norm, (B, n, C) or
+        (B, n, N, C), which `draft` starts from. Where no gradients are recorded a long prompt is worked through in
+        steps of MAX_STEP tokens, so what a call needs besides its results and its cache does not grow with it.
+        InputError for tokens that cannot be; CacheError for a cache that does not fit.
         """
         self._check_tokens(tokens, counts)
         lengths = list(counts) if counts is not None else [tokens.shape[1]] * tokens.shape[0]
-        if cache is not None:
-            self._check_cache(cache)
-            cache.check_step(lengths)
-        step = Step.of(tokens.flatten(), lengths, cache, self._sources)
-        self._warn_of_length(step)
+        self._check_cache(cache, lengths, self._streams)
+        self._warn_of_length(lengths, cache)
+        recorded = torch.is_grad_enabled() and cache is None
+        with torch.set_grad_enabled(recorded):
+            if recorded or sum(lengths) <= MAX_STEP:
+                step = Step.of(tokens.flatten(), lengths, cache, self._sources)
+                logits, streams = self._step(step, last_only, return_streams)
+            else:
+                logits, streams = self._steps(tokens.flatten(), lengths, cache, last_only, return_streams)
+        logits = logits.unflatten(0, (tokens.shape[0], -1))
+        return (logits, streams.unflatten(0, (tokens.shape[0], -1))) if streams is not None else logits
+
+    def draft(
+        self, streams: Float[Tensor, "B n *C"], next_tokens: Int[Tensor, "B n"], cache: Cache | None = None
+    ) -> tuple[Float[Tensor, "B n V"], Float[Tensor, "B n *C"]]:
+        """Proposes the tokens after the next ones, by the draft block: logits, and the block's own streams.
+
+        Row i pairs the streams of the token at position p, as a forward with `return_streams` gives them, with the id
+        of the token at p + 1; its logits are about the token at p + 2. The streams returned can stand in for the next
+        position's, to propose one token more. The cache is one of `make_draft_cache`. InputError for a model without
+        a draft block, and for streams and tokens that do not go together.
+        """
+        if self.draft_block is None:
+            raise InputError("the model has no draft block: its config's draft is null")
+        self._check_tokens(next_tokens, None)
+        if streams.shape[:2] != next_tokens.shape:
+            raise InputError(f"streams of the shape {tuple(streams.shape)} for tokens {tuple(next_tokens.shape)}")
+        lengths = [next_tokens.shape[1]] * next_tokens.shape[0]
+        self._check_cache(cache, lengths, self._draft_streams)
         with torch.set_grad_enabled(torch.is_grad_enabled() and cache is None):
-            logits = self._head(self._run(step, last_only))
+            step = Step.of(next_tokens.flatten(), lengths, cache)
+            x, h = self.draft_block(streams.flatten(0, 1), self._embed(step.tokens), step)
+            logits = self._logits(x)
         if cache is not None:
             cache.end_step(lengths)
-        return logits.unflatten(0, (tokens.shape[0], -1))
+        return logits.unflatten(0, next_tokens.shape), h.unflatten(0, next_tokens.shape)
+
+    def index_loss(self, tokens: Int[Tensor, "B n"], *, counts: Sequence[int] | None = None) -> Float[Tensor, ""]:
+        """The loss that trains the indexers of compressed sparse attention, the mean over the layers that have one.
+
+        What an indexer picks has no gradient, so the model's loss does not train it; this one does, and nothing else:
+        see layers/indexer.py. InputError for a model without an indexer.
+        """
+        self._check_tokens(tokens, counts)
+        lengths = list(counts) if counts is not None else [tokens.shape[1]] * tokens.shape[0]
+        step = Step.of(tokens.flatten(), lengths, None, self._sources)
+        step.index_losses = []
+        self._run(step, last_only=False)
+        if not step.index_losses:
+            raise InputError("the model has no indexer to train")
+        return torch.stack(step.index_losses).mean()
 
     def make_cache(self, batch_size: int = 1, max_rewind: int = 0, max_length: int | None = None) -> Cache:
         """An empty cache for this model; see Cache."""
-        return Cache(
-            self._streams,
-            batch_size,
-            max_rewind,
-            max_length,
-            dtype=self.dtype,
-            device=self.device,
-            fingerprint=self.fingerprint(),
-        )
+        return self._make_cache(self._streams, batch_size, max_rewind, max_length)
+
+    def make_draft_cache(self, batch_size: int = 1, max_rewind: int = 0, max_length: int | None = None) -> Cache:
+        """An empty cache for the draft block. InputError for a model without one."""
+        if self.draft_block is None:
+            raise InputError("the model has no draft block: its config's draft is null")
+        return self._make_cache(self._draft_streams, batch_size, max_rewind, max_length)
 
     def named_tensors(self) -> Iterator[tuple[str, Tensor]]:
         """Everything that a checkpoint stores, by name: parameters, buffers, and memory-mapped tables."""
@@ -128,7 +199,8 @@ class Decoder(nn.Module):
 
     @torch.no_grad()
     def reset_parameters(self) -> None:
-        """Fresh weights: matrices normal with the config's initializer_range, norms and scales one, biases zero."""
+        """Fresh weights: matrices normal with the config's initializer_range, norms and scales one, biases zero, and
+        what a technique asks for besides (`init_parameters`)."""
         for module in self.modules():
             for name, parameter in module.named_parameters(recurse=False):
                 if parameter.is_meta:
@@ -139,15 +211,56 @@ class Decoder(nn.Module):
                     parameter.zero_()
                 else:
                     parameter.fill_(1)
+            initialise = getattr(module, "init_parameters", None)
+            if initialise is not None and not self.embedding.weight.is_meta:
+                initialise()
 
-    def _run(self, step: Step, last_only: bool) -> Float[Tensor, "W C"]:
+    def _step(self, step: Step, last_only: bool, streams: bool) -> tuple[Tensor, Tensor | None]:
+        """Logits (W, V) and, if wanted, the streams (T, *C) of one step, at the end of which the cache stands."""
+        h = self._run(step, last_only and not streams)
+        wanted = step.last().select(h) if last_only and streams else h
+        logits = self._logits(self.norm(self.ends.close(wanted)))
+        if step.cache is not None:
+            step.cache.end_step(step.counts)
+        return logits, h if streams else None
+
+    def _steps(
+        self, tokens: Int[Tensor, " T"], lengths: list[int], cache: Cache | None, last_only: bool, streams: bool
+    ) -> tuple[Tensor, Tensor | None]:
+        """The same for sequences of any length, in several steps. What they remember stands in the cache, or in one
+        made for the purpose."""
+        if cache is None:
+            cache = Cache(self._streams, len(lengths), max_length=max(lengths), dtype=self.dtype, device=self.device)
+        cache.begin_step()
+        logits: list[list[Tensor]] = [[] for _ in lengths]
+        hidden: list[list[Tensor]] = [[] for _ in lengths]
+        waiting = list(tokens.split(lengths))
+        for piece in pieces(lengths, MAX_STEP):
+            counts = list(piece.values())
+            own = cache.part(list(piece))
+            taken = [waiting[number][:count] for number, count in piece.items()]
+            step_logits, step_hidden = self._step(
+                Step.of(torch.cat(taken), counts, own, self._sources), last_only, streams
+            )
+            rows = step_logits.split([1] * len(counts) if last_only else counts)
+            for place, (number, count) in enumerate(piece.items()):
+                waiting[number] = waiting[number][count:]
+                if not last_only or not len(waiting[number]):
+                    logits[number].append(rows[place])
+            if step_hidden is not None:
+                for number, part in zip(piece, step_hidden.split(counts), strict=True):
+                    hidden[number].append(part)
+        cache.end_step([0] * len(lengths))
+        all_logits = torch.cat([part for sequence in logits for part in sequence])
+        return all_logits, torch.cat([part for sequence in hidden for part in sequence]) if streams else None
+
+    def _run(self, step: Step, last_only: bool) -> Float[Tensor, "W *C"]:
         """The residual after all layers, of every token, or of each sequence's last.
 
         Only layers that make something for later steps need every token. What stands behind the last of them is
         computed for the wanted tokens alone: with cross-layer sharing that is more than half of the model.
         """
-        scale = torch.tensor(self.config.embedding_scale).to(self.dtype).item()
-        embedded = self.embedding(step.tokens) * scale
+        embedded = self._embed(step.tokens)
         inputs = self.per_layer_inputs(step.tokens, embedded) if self.per_layer_inputs is not None else None
         h = self.ends.open(embedded)
         for index, layer in enumerate(self.layers):
@@ -159,13 +272,28 @@ class Decoder(nn.Module):
                 h = layer(h, step, mine, wanted)
             if wanted is not None:
                 step, inputs = wanted, wanted.select(inputs) if inputs is not None else None
-        return self.ends.close(h)
+        return h
 
-    def _head(self, h: Float[Tensor, "T C"]) -> Float[Tensor, "T V"]:
+    def _embed(self, tokens: Int[Tensor, " T"]) -> Float[Tensor, "T C"]:
+        scale = torch.tensor(self.config.embedding_scale).to(self.dtype).item()
+        return self.embedding(tokens) * scale
+
+    def _logits(self, x: Float[Tensor, "T C"]) -> Float[Tensor, "T V"]:
         weight = self.embedding.weight if self.config.tied_head else self.head.weight
-        logits = nn.functional.linear(self.norm(h), weight)
+        logits = nn.functional.linear(x, weight)
         cap = self.config.logit_softcap
         return logits if cap is None else torch.tanh(logits / cap) * cap
+
+    def _make_cache(self, streams: StreamSpecs, batch_size: int, max_rewind: int, max_length: int | None) -> Cache:
+        return Cache(
+            streams,
+            batch_size,
+            max_rewind,
+            max_length,
+            dtype=self.dtype,
+            device=self.device,
+            fingerprint=self.fingerprint(),
+        )
 
     def _check_tokens(self, tokens: Tensor, counts: Sequence[int] | None) -> None:
         """InputError for tokens that cannot be."""
@@ -185,75 +313,36 @@ class Decoder(nn.Module):
                 wrong = low if low < 0 else high
                 raise InputError(f"token id {wrong} is outside the vocabulary of {self.config.vocab_size}")
 
-    def _check_cache(self, cache: Cache) -> None:
-        """CacheError for a cache that was made for a model of other streams, dtype or device."""
-        if cache.specs != self._streams:
+    def _check_cache(self, cache: Cache | None, lengths: list[int], streams: StreamSpecs) -> None:
+        """CacheError for a cache that was made for other streams, another dtype or device, or that is full."""
+        if cache is None:
+            return
+        if cache.specs != streams:
             raise CacheError("the cache was made for another model: its streams are not this model's")
         if (cache.dtype, cache.device) != (self.dtype, self.device):
             mine, its = f"{self.dtype} on {self.device}", f"{cache.dtype} on {cache.device}"
             raise CacheError(f"the cache holds {its}, the model is {mine}: make a cache after moving the model")
+        cache.check_step(lengths)
 
-    def _warn_of_length(self, step: Step) -> None:
+    def _warn_of_length(self, lengths: list[int], cache: Cache | None) -> None:
         """At the step in which a sequence outgrows the model's positions."""
         limit = self.config.max_positions
-        starts = [0] * len(step.counts) if step.cache is None else step.cache.lengths
-        for start, count in zip(starts, step.counts, strict=True):
+        for start, count in zip([0] * len(lengths) if cache is None else cache.lengths, lengths, strict=True):
             if start <= limit < start + count:
                 warnings.warn(
                     f"{start + count} tokens, and the model has {limit} positions: it extrapolates", stacklevel=5
                 )
 
 
-class Layer(nn.Module):
-    """Attention, feed-forward, and what belongs to the layer's end."""
-
-    layer_scalar: Tensor | None
-
-    def __init__(self, config: ModelConfig, index: int) -> None:
-        super().__init__()
-        layer, site = config.layers[index], config.site(index)
-        self.attention = layer.attention.build(site)
-        self.attention_frame = Frame(config, site, layer.attention_norm)
-        self.feed_forward = layer.feed_forward.build(site)
-        self.feed_forward_frame = Frame(config, site, layer.feed_forward_norm)
-        ple = config.per_layer_embedding
-        self.per_layer_embedding = ple.build(site) if ple else None
-        # Stored with the weights but not learnt, as Gemma 4's released models have it.
-        self.register_buffer("layer_scalar", torch.ones(1) if layer.layer_scalar else None)
-
-    def forward(
-        self, h: Float[Tensor, "T *C"], step: Step, inputs: Float[Tensor, "T P"] | None, wanted: Step | None
-    ) -> Float[Tensor, "W *C"]:
-        """`inputs` are the layer's per-layer embeddings. With `wanted` all tokens make their keys and values, and
-        only the wanted ones go on from there."""
-        x, reading = self.attention_frame.read(h)
-        y = self.attention(x, step, wanted)
-        if wanted is not None:
-            h, step = wanted.select(h), wanted
-            inputs = None if inputs is None else wanted.select(inputs)
-            _, reading = self.attention_frame.read(h)  # a reading is about its tokens: these are fewer
-        h = self.attention_frame.write(h, y, reading)
-
-        x, reading = self.feed_forward_frame.read(h)
-        h = self.feed_forward_frame.write(h, self.feed_forward(x, step), reading)
-
-        if self.per_layer_embedding is not None:
-            h = self.per_layer_embedding(h, inputs)
-        return h if self.layer_scalar is None else h * self.layer_scalar
-
-
-class Frame(nn.Module):
-    """Between the residual and a block: the connection, and the norms before and after the block."""
-
-    def __init__(self, config: ModelConfig, site: Site, norm: NormPlacement) -> None:
-        super().__init__()
-        self.connection = config.connection.build(site)
-        self.input_norm = RMSNorm(site.hidden_size, site.norm_eps) if norm != "post" else None
-        self.output_norm = RMSNorm(site.hidden_size, site.norm_eps) if norm != "pre" else None
-
-    def read(self, h: Float[Tensor, "T *C"]) -> tuple[Float[Tensor, "T C"], Any]:
-        x, reading = self.connection.read(h)
-        return (x if self.input_norm is None else self.input_norm(x)), reading
-
-    def write(self, h: Float[Tensor, "T *C"], y: Float[Tensor, "T C"], reading: Any) -> Float[Tensor, "T *C"]:
-        return self.connection.write(h, y if self.output_norm is None else self.output_norm(y), reading)
+def pieces(lengths: Sequence[int], most: int) -> Iterator[dict[int, int]]:
+    """Cuts sequences into steps of at most `most` tokens: how many of which sequence, by its number."""
+    left = dict(enumerate(lengths))
+    while left:
+        room, piece = most, {}
+        for number, tokens in left.items():
+            if room:
+                piece[number] = min(tokens, room)
+                room -= piece[number]
+        left = {number: tokens - piece.get(number, 0) for number, tokens in left.items()}
+        left = {number: tokens for number, tokens in left.items() if tokens}
+        yield piece

@@ -4,6 +4,7 @@ T tokens of the step: those of all its sequences, laid end to end, with nothing 
 prompts, a ragged batch and packed documents are all the same thing here: a list of counts.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -14,51 +15,68 @@ from torch import Tensor
 from kvell.cache import Cache
 from kvell.layers.rotary import AnyRotary, RotaryTable, rotary_table
 
+Left = tuple[int, str]  # the index of the layer that left something, and what it is
+
 
 @dataclass
 class Step:
-    """One step: `counts[b]` new tokens of sequence b, at their `positions`.
+    """One step: `counts[b]` new tokens of sequence b, which holds `starts[b]` already; at their `positions`.
 
     `made` is what earlier layers of this step leave for later ones, by the index of the layer that made it: the keys
-    and values that sharing layers read. It holds this step's tensors themselves, so sharing works without a cache,
-    and gradients flow through it. `sources` are the layers that any other reads; nothing else is kept alive.
+    and values that sharing layers read, a router's state. It holds this step's tensors themselves, so sharing works
+    without a cache, and gradients flow through it. `sources` are those that any layer reads; nothing else is kept
+    alive. `index_losses` collects the indexers' losses where they are asked for; see layers/compressed.py.
     """
 
     tokens: Int[Tensor, " T"]
     counts: list[int]
+    starts: list[int]
     positions: Int[Tensor, " T"]
     cache: Cache | None = None
-    sources: frozenset[int] = frozenset()
-    made: dict[int, Any] = field(default_factory=dict)
+    sources: frozenset[Left] = frozenset()
+    made: dict[Left, Any] = field(default_factory=dict)
+    index_losses: list[Tensor] | None = None
     _rows: Int[Tensor, " W"] | None = None
     _tables: dict[Any, RotaryTable] = field(default_factory=dict)
 
     @classmethod
-    def of(cls, tokens: Int[Tensor, " T"], counts: list[int], cache: Cache | None, sources: frozenset[int]) -> "Step":
+    def of(
+        cls, tokens: Int[Tensor, " T"], counts: list[int], cache: Cache | None, sources: frozenset[Left] = frozenset()
+    ) -> "Step":
         """A step that continues each sequence where its cache stands, or at 0 without one."""
         starts = [0] * len(counts) if cache is None else cache.lengths
         positions = [
             torch.arange(start, start + n, device=tokens.device) for start, n in zip(starts, counts, strict=True)
         ]
-        return cls(tokens, counts, torch.cat(positions), cache, sources)
+        return cls(tokens, counts, starts, torch.cat(positions), cache, sources)
 
     def append(self, layer: int, name: str, rows: Shaped[Tensor, "T width"]) -> list[Shaped[Tensor, "_ width"]]:
-        """Gives each sequence its new rows of a layer's stream, and returns all the rows each may see.
+        """Gives each sequence its new rows of a layer's stream, one per token, and returns all the rows each may see.
 
         Without a cache the present passes through.
         """
-        pieces = list(rows.split(self.counts))
+        return self.append_each(layer, name, rows.split(self.counts))
+
+    def append_each(
+        self, layer: int, name: str, pieces: Sequence[Shaped[Tensor, "_ width"]]
+    ) -> list[Shaped[Tensor, "_ width"]]:
+        """The same for streams that have not one row per token: `pieces` are each sequence's new rows."""
         if self.cache is None:
-            return pieces
+            return list(pieces)
         return [
             self.cache.append(index, (layer, name), piece, count)
             for index, (piece, count) in enumerate(zip(pieces, self.counts, strict=True))
         ]
 
-    def leave(self, layer: int, made: Any) -> None:
+    def leave(self, layer: int, name: str, made: Any) -> None:
         """Leaves what a layer made, if a later layer reads it."""
-        if layer in self.sources:
-            self.made[layer] = made
+        if (layer, name) in self.sources:
+            self.made[layer, name] = made
+
+    def rows_left_by(self, layer: int, name: str) -> Shaped[Tensor, "T *rest"]:
+        """What a layer left for each token, for this step's tokens: it may have seen those of the whole step."""
+        rows = self.made[layer, name]
+        return rows if len(rows) == len(self.tokens) else self.select(rows)
 
     def rotary(self, rotary: AnyRotary, head_dim: int, dtype: torch.dtype) -> RotaryTable:
         """cos and sin for this step's tokens, computed once for all layers that turn alike."""
@@ -73,6 +91,7 @@ class Step:
         return Step(
             self.tokens[ends],
             [1] * len(self.counts),
+            [start + count - 1 for start, count in zip(self.starts, self.counts, strict=True)],
             self.positions[ends],
             self.cache,
             self.sources,

@@ -136,6 +136,10 @@ class Cache:
             raise CacheError(f"there is no sequence {unknown[0]} in a cache of {self.batch_size}")
         return self._with([self.sequences[number].copy() for number in indices])
 
+    def part(self, indices: Sequence[int]) -> "Cache":
+        """These sequences themselves, not copies: what a step appends to them is appended here."""
+        return self._with([self.sequences[number] for number in indices])
+
     @staticmethod
     def merge(caches: Sequence["Cache"]) -> "Cache":
         """One batch of all the caches' sequences, copied, whatever their lengths.
@@ -178,11 +182,15 @@ class Cache:
 
     def append(self, number: int, key: StreamKey, rows: Tensor, count: int) -> Tensor:
         """Adds sequence `number`'s rows (n, width) for this step's `count` tokens; returns all it may see."""
-        self._step_open = True
+        self.begin_step()
         sequence = self.sequences[number]
         stream = sequence.streams[key]
         rewindable = min(self.max_rewind, sequence.rewindable + count)
         return stream.append(rows, stream.spec.rows(sequence.length + count, rewindable))
+
+    def begin_step(self) -> None:
+        """From here to `end_step` an interruption leaves the cache unusable; appending begins a step by itself."""
+        self._step_open = True
 
     def end_step(self, counts: Sequence[int]) -> None:
         for sequence, count in zip(self.sequences, counts, strict=True):
@@ -212,7 +220,7 @@ class Cache:
         if not sequences:
             raise CacheError("a cache holds at least one sequence, not 0")
         cache = object.__new__(Cache)
-        cache.__dict__.update(self.__dict__, sequences=sequences)
+        cache.__dict__.update(self.__dict__, sequences=sequences, _step_open=False)
         return cache
 
     def __repr__(self) -> str:

@@ -11,7 +11,7 @@ from kvell.cli import console
 if TYPE_CHECKING:
     from rich.table import Table
 
-    from kvell.config import ModelConfig
+    from kvell.config import LayerConfig, ModelConfig
 
 COLUMNS = (
     "layer",
@@ -20,6 +20,7 @@ COLUMNS = (
     "KV heads",
     "head width",
     "window",
+    "compression",
     "reads KV of",
     "rotary",
     "feed-forward",
@@ -40,7 +41,10 @@ def inspect(
         return
     output = console.stdout()
     output.print(_overview(model, description), "")
-    output.print(_grid([COLUMNS, *(_layer_row(layer) for layer in description["layers"])]), "")
+    rows = [_layer_row(layer) for layer in description["layers"]]
+    if description["draft"] is not None:
+        rows.append(("draft", *_layer_row(description["draft"])[1:]))
+    output.print(_grid([COLUMNS, *rows]), "")
     output.print(_grid([("stream", "rows kept", "width", "layers"), *_stream_rows(description["streams"])]))
 
 
@@ -55,35 +59,36 @@ def describe(config: "ModelConfig") -> dict[str, Any]:
     for name, parameter in model.named_parameters():
         part = ".".join(name.split(".")[: 2 if name.startswith("layers.") else 1])
         parts[part] = parts.get(part, 0) + parameter.numel()
-    layers = [
-        {
-            "layer": index,
-            "attention": layer.attention.kind,
-            "num_heads": layer.attention.num_heads,
-            "num_kv_heads": layer.attention.num_kv_heads,
-            "head_dim": layer.attention.head_dim,
-            "sliding_window": layer.attention.sliding_window,
-            "kv_source": layer.attention.kv_source,
-            "rotary": None if layer.attention.rotary is None else layer.attention.rotary.describe(),
-            "feed_forward": layer.feed_forward.describe(),
-            "parameters": parts[f"layers.{index}"],
-        }
-        for index, layer in enumerate(config.layers)
-    ]
+    layers = [_describe_layer(index, layer, parts[f"layers.{index}"]) for index, layer in enumerate(config.layers)]
+    draft = None
+    if config.draft is not None:
+        draft = _describe_layer(config.num_layers, config.draft.layer, parts["draft_block"])
     streams = [
         {"layer": index, "name": spec.name, "width": spec.width, "past_rows": spec.past, "stride": spec.stride}
-        for (index, _), spec in config.streams().items()
+        for (index, _), spec in {**config.streams(), **config.draft_streams()}.items()
     ]
     return {
         "family": config.family,
         "vocab_size": config.vocab_size,
         "hidden_size": config.hidden_size,
         "max_positions": config.max_positions,
+        "connection": config.connection.describe(),
         "parameters": model.num_parameters(),
         "parameters_by_part": {name: count for name, count in parts.items() if not name.startswith("layers.")}
         | {"layers": sum(count for name, count in parts.items() if name.startswith("layers."))},
         "layers": layers,
+        "draft": draft,
         "streams": streams,
+    }
+
+
+def _describe_layer(index: int, layer: "LayerConfig", parameters: int) -> dict[str, Any]:
+    return {
+        "layer": index,
+        "attention": layer.attention.kind,
+        **layer.attention.describe(),
+        "feed_forward": layer.feed_forward.describe(),
+        "parameters": parameters,
     }
 
 
@@ -93,6 +98,7 @@ def _overview(model: str, description: dict[str, Any]) -> "Table":
         ("family", description["family"] or "kvell"),
         ("parameters", f"{description['parameters']:,}"),
         *((f"  {part}", f"{count:,}") for part, count in description["parameters_by_part"].items()),
+        ("residual", description["connection"]),
         ("hidden size", str(description["hidden_size"])),
         ("vocabulary", f"{description['vocab_size']:,}"),
         ("positions", f"{description['max_positions']:,}"),
@@ -108,6 +114,7 @@ def _layer_row(layer: dict[str, Any]) -> tuple[str, ...]:
         str(layer["num_kv_heads"]),
         str(layer["head_dim"]),
         "full" if layer["sliding_window"] is None else str(layer["sliding_window"]),
+        layer["compression"] or "none",
         "own" if layer["kv_source"] is None else f"layer {layer['kv_source']}",
         layer["rotary"] or "none",
         layer["feed_forward"],

@@ -9,10 +9,12 @@ from typing import Any
 
 from kvell.config import ModelConfig
 from kvell.errors import CheckpointError, ConfigError
-from kvell.families import gemma4, laguna
+from kvell.families import deepseek_v4, gemma4, laguna, zaya
 from kvell.families.family import Family, Placement, Placements
 
-FAMILIES: dict[str, Family] = {family.name: family for family in (gemma4.FAMILY, laguna.FAMILY)}
+FAMILIES: dict[str, Family] = {
+    family.name: family for family in (gemma4.FAMILY, laguna.FAMILY, zaya.FAMILY, deepseek_v4.FAMILY)
+}
 
 
 def builtin_names() -> list[str]:

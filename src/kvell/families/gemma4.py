@@ -18,12 +18,14 @@ from kvell.families.family import (
     Placement,
     Placements,
     Released,
+    all_of_kind,
     released_ids,
     token_ids,
 )
 from kvell.families.rotary import read_rotary, write_rotary
 from kvell.layers.experts import DenseBesideExperts
 from kvell.layers.feed_forward import GatedMLP
+from kvell.layers.grouped_query import GroupedQuery
 
 DEFAULT_ROPE = {
     "sliding_attention": {"rope_type": "default", "rope_theta": 10_000.0},
@@ -156,7 +158,7 @@ def _read_feed_forward(text: Released, activation: str, beside: bool, *, shared:
 
 
 def write_config(config: ModelConfig) -> dict[str, Any]:
-    attentions = [layer.attention for layer in config.layers]
+    attentions = all_of_kind([layer.attention for layer in config.layers], GroupedQuery, "gemma4")
     types = ["full_attention" if a.sliding_window is None else "sliding_attention" for a in attentions]
     base = next((a for a in attentions if a.sliding_window is not None), attentions[0])
     denses = [f.dense if isinstance(f, DenseBesideExperts) else f for f in (la.feed_forward for la in config.layers)]
@@ -227,7 +229,7 @@ def placements(config: ModelConfig) -> Placements:
 
 
 def _layer_names(config: ModelConfig, layer: LayerConfig) -> dict[str, str]:
-    attention = layer.attention
+    (attention,) = all_of_kind([layer.attention], GroupedQuery, "gemma4")
     own = ["q_proj", "o_proj"]
     if attention.kv_source is None:
         own += ["k_proj"] if attention.value_from_key else ["k_proj", "v_proj"]
@@ -293,7 +295,7 @@ FAMILY = Family(
     read_config=read_config,
     write_config=write_config,
     placements=placements,
-    canonical=canonical,
+    spelling=lambda names, config: canonical,
     skip_rules={
         "towers of other modalities": _tower,
         "keys and values of layers that share another's": _dead_keys,

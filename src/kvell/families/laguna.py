@@ -15,12 +15,15 @@ from kvell.families.family import (
     Placement,
     Placements,
     Released,
+    all_of_kind,
     released_ids,
     token_ids,
 )
 from kvell.families.rotary import read_rotary, write_rotary
-from kvell.layers.experts import MixtureOfExperts, SigmoidRouter
+from kvell.layers.experts import MixtureOfExperts
 from kvell.layers.feed_forward import GatedMLP
+from kvell.layers.grouped_query import GroupedQuery
+from kvell.layers.routers import SigmoidRouter
 
 DEFAULT_ROPE = {
     "full_attention": {"rope_type": "default", "rope_theta": 500_000.0, "partial_rotary_factor": 0.5},
@@ -105,7 +108,7 @@ def _older_feed_forward_types(text: Released, layers: int) -> list[str]:
 
 
 def write_config(config: ModelConfig) -> dict[str, Any]:
-    attentions = [layer.attention for layer in config.layers]
+    attentions = all_of_kind([layer.attention for layer in config.layers], GroupedQuery, "laguna")
     types = ["full_attention" if a.sliding_window is None else "sliding_attention" for a in attentions]
     feed_forwards = [layer.feed_forward for layer in config.layers]
     dense = next((f for f in feed_forwards if isinstance(f, GatedMLP)), None)
@@ -166,7 +169,7 @@ def placements(config: ModelConfig) -> Placements:
 
 
 def _layer_placements(layer: LayerConfig) -> Placements:
-    attention = layer.attention
+    (attention,) = all_of_kind([layer.attention], GroupedQuery, "laguna")
     projections = ["q_proj", "k_proj", "v_proj", "o_proj"]
     names = {f"self_attn.{name}.weight": f"attention.{name}.weight" for name in [*projections, "q_norm", "k_norm"]}
     if attention.bias:
@@ -221,6 +224,6 @@ FAMILY = Family(
     write_config=write_config,
     placements=placements,
     alternatives=fused_experts,
-    canonical=canonical,
+    spelling=lambda names, config: canonical,
     skip_rules={"scales for a quantised cache": _cache_scale},
 )

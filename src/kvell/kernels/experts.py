@@ -1,6 +1,8 @@
 """Applying the chosen experts to their tokens.
 
-y_t = sum_j weights[t, j] * down[e] (act(gate_e x_t) * up_e x_t),  e = chosen[t, j]
+y_t = sum_j weights[t, j] * down[e] unit(gate_e x_t, up_e x_t),  e = chosen[t, j]
+
+A choice of E, one past the last expert, stands for none: it adds nothing.
 """
 
 from collections.abc import Callable
@@ -19,11 +21,11 @@ def experts(
     chosen: Int[Tensor, "T k"],
     gate_up: Float[Tensor, "E I2 C"],
     down: Float[Tensor, "E C I"],
-    activation: Callable[[Tensor], Tensor],
+    unit: Callable[[Tensor, Tensor], Tensor],
 ) -> Float[Tensor, "T C"]:
     """The weighted sum of each token's chosen experts; `gate_up` stacks gate rows over up rows."""
     run = experts_reference if reference_wanted() else experts_grouped
-    return run(x, weights, chosen, gate_up, down, activation)
+    return run(x, weights, chosen, gate_up, down, unit)
 
 
 def experts_reference(
@@ -32,13 +34,13 @@ def experts_reference(
     chosen: Int[Tensor, "T k"],
     gate_up: Float[Tensor, "E I2 C"],
     down: Float[Tensor, "E C I"],
-    activation: Callable[[Tensor], Tensor],
+    unit: Callable[[Tensor, Tensor], Tensor],
 ) -> Float[Tensor, "T C"]:
     """Every expert runs on every token; a token's weight is zero for those it did not choose."""
-    dense = torch.zeros(x.shape[0], gate_up.shape[0], dtype=weights.dtype, device=x.device)
-    dense = dense.scatter(1, chosen, weights)
+    dense = torch.zeros(x.shape[0], gate_up.shape[0] + 1, dtype=weights.dtype, device=x.device)
+    dense = dense.scatter(1, chosen, weights)[:, :-1]
     gate, up = torch.einsum("tc,eic->tei", x, gate_up).chunk(2, dim=-1)
-    return torch.einsum("tei,eci,te->tc", activation(gate) * up, down, dense)
+    return torch.einsum("tei,eci,te->tc", unit(gate, up), down, dense)
 
 
 def experts_grouped(
@@ -47,17 +49,20 @@ def experts_grouped(
     chosen: Int[Tensor, "T k"],
     gate_up: Float[Tensor, "E I2 C"],
     down: Float[Tensor, "E C I"],
-    activation: Callable[[Tensor], Tensor],
+    unit: Callable[[Tensor, Tensor], Tensor],
 ) -> Float[Tensor, "T C"]:
     """Sorts the (token, expert) pairs by expert once, then runs each used expert on its own tokens."""
     order = chosen.flatten().argsort(stable=True)
     token = order // chosen.shape[1]
-    counts = torch.bincount(chosen.flatten(), minlength=gate_up.shape[0]).tolist()
+    num_experts = gate_up.shape[0]
+    counts = torch.bincount(chosen.flatten(), minlength=num_experts + 1).tolist()
     outputs = []
     for expert, rows in enumerate(x[token].split(counts)):
-        if len(rows):
+        if expert == num_experts:
+            outputs.append(torch.zeros_like(rows))
+        elif len(rows):
             gate, up = F.linear(rows, gate_up[expert]).chunk(2, dim=-1)
-            outputs.append(F.linear(activation(gate) * up, down[expert]))
+            outputs.append(F.linear(unit(gate, up), down[expert]))
     weighted = torch.cat(outputs) * weights.flatten()[order, None]
     # Back in the tokens' order and summed there: adding up in place would depend on the device's timing.
     return weighted[order.argsort()].unflatten(0, chosen.shape).sum(1)

@@ -24,10 +24,13 @@ from kvell.cache import StreamSpec
 from kvell.kernels.attention import attention
 from kvell.layers.norms import RMSNorm
 from kvell.layers.part import Part, Site
-from kvell.layers.rotary import Rotary
+from kvell.layers.rotary import Rotary, check_turns
 
 if TYPE_CHECKING:
     from kvell.step import Step
+
+
+KEY_VALUES = "key_values"
 
 
 class GroupedQuery(Part):
@@ -58,8 +61,8 @@ class GroupedQuery(Part):
     def _heads_divide(self) -> Self:
         if self.num_heads % self.num_kv_heads:
             raise ValueError(f"num_heads {self.num_heads} is not a multiple of num_kv_heads {self.num_kv_heads}")
-        if self.rotary is not None and ((width := self.rotary.rotary_width(self.head_dim)) < 2 or width % 2):
-            raise ValueError(f"rotary.fraction {self.rotary.fraction} turns {width} channels of a head: not pairs")
+        if self.rotary is not None and (problem := check_turns(self.rotary, self.head_dim)):
+            raise ValueError(problem)
         return self
 
     def build(self, site: Site) -> "GroupedQueryAttention":
@@ -77,8 +80,10 @@ class GroupedQuery(Part):
         """Values a token would hold if this layer kept keys and values of its own for every token."""
         return 2 * self.num_kv_heads * self.head_dim
 
-    def check_source(self, source: "GroupedQuery") -> str | None:
+    def check_source(self, source: Part) -> str | None:
         """Why this layer cannot read `source`'s keys and values, or None where it can."""
+        if not isinstance(source, GroupedQuery):
+            return "which is no grouped-query layer"
         if source.kv_source is not None:
             return f"which has no keys of its own (it reads layer {source.kv_source})"
         for field in ("num_kv_heads", "head_dim", "rotary"):
@@ -89,8 +94,17 @@ class GroupedQuery(Part):
             return f"whose window of {source.sliding_window} is shorter than this layer's {self.sliding_window}"
         return None
 
-    def describe(self) -> str:
-        return "grouped query"
+    def describe(self) -> dict[str, object]:
+        """What `kvell inspect` says of this layer."""
+        return {
+            "num_heads": self.num_heads,
+            "num_kv_heads": self.num_kv_heads,
+            "head_dim": self.head_dim,
+            "sliding_window": self.sliding_window,
+            "kv_source": self.kv_source,
+            "rotary": None if self.rotary is None else self.rotary.describe(),
+            "compression": None,
+        }
 
 
 class KeyValues(NamedTuple):
@@ -124,9 +138,9 @@ class GroupedQueryAttention(nn.Module):
         """`wanted` narrows the queries to some of the step's tokens: W = T without it."""
         if self.config.kv_source is None:
             seen = self._make(x, step)
-            step.leave(self.index, seen)
+            step.leave(self.index, KEY_VALUES, seen)
         else:
-            seen = step.made[self.config.kv_source]
+            seen = step.made[self.config.kv_source, KEY_VALUES]
         if wanted is not None:
             x, step = wanted.select(x), wanted
         query = self._heads(self.q_proj(x), self.q_norm)

@@ -78,7 +78,7 @@ class PerLayerInputs(nn.Module):
 
 
 class PerLayerInjection(nn.Module):
-    """Adds one layer's share to the residual."""
+    """Makes one layer's share, which is added to the residual."""
 
     def __init__(self, config: PerLayerEmbedding, site: Site) -> None:
         super().__init__()
@@ -88,4 +88,4 @@ class PerLayerInjection(nn.Module):
         self.norm = RMSNorm(site.hidden_size, site.norm_eps)
 
     def forward(self, h: Float[Tensor, "T C"], inputs: Float[Tensor, "T P"]) -> Float[Tensor, "T C"]:
-        return h + self.norm(self.projection(self.activation(self.gate_proj(h)) * inputs))
+        return self.norm(self.projection(self.activation(self.gate_proj(h)) * inputs))

@@ -5,7 +5,8 @@ A pair of channels (a, b) of a head at position p is turned by the angle p * f, 
     a' = a * cos(p f) - b * sin(p f)
     b' = b * cos(p f) + a * sin(p f)
 
-The pairs are (i, i + n), n the number of pairs. What differs is which channels turn and how fast:
+The pairs are (i, i + n) of a head's first channels, n the number of pairs; DeepSeek V4 has its pairs side by side,
+(2i, 2i + 1), in the last channels. What differs besides is which channels turn and how fast:
 
     default        the first `fraction` of the head turns; f_i = theta^(-2i / rotary width)
     proportional   pairs span the whole head, (i, i + head_dim / 2), and only the first `fraction` of them turn;
@@ -123,6 +124,13 @@ AnyRotary = DefaultRotary | ProportionalRotary | YarnRotary
 Rotary = Annotated[AnyRotary, Field(discriminator="kind")]
 
 
+def check_turns(rotary: AnyRotary, head_dim: int) -> str | None:
+    """Why heads of this width cannot be turned so, or None where they can."""
+    if (width := rotary.rotary_width(head_dim)) < 2 or width % 2:
+        return f"rotary.fraction {rotary.fraction} turns {width} channels of a head: not pairs"
+    return None
+
+
 class RotaryTable(NamedTuple):
     """cos and sin of every token's angle in every pair, (T, pairs)."""
 
@@ -136,6 +144,19 @@ class RotaryTable(NamedTuple):
         a, b, rest = x[..., :pairs], x[..., pairs : 2 * pairs], x[..., 2 * pairs :]
         turned = [a * cos - b * sin, b * cos + a * sin]
         return torch.cat([*turned, rest] if rest.shape[-1] else turned, dim=-1)
+
+    def rotate_last(self, x: Float[Tensor, "T heads D"]) -> Float[Tensor, "T heads D"]:
+        """Turns the last 2 x pairs channels of every head, each pair side by side, in the table's dtype."""
+        width = 2 * self.cos.shape[-1]
+        cos, sin = self.cos[:, None], self.sin[:, None]
+        rest, pairs = x[..., :-width], x[..., -width:].to(cos.dtype).unflatten(-1, (-1, 2))
+        a, b = pairs.unbind(-1)
+        turned = torch.stack([a * cos - b * sin, b * cos + a * sin], dim=-1).flatten(-2)
+        return torch.cat([rest, turned.to(x.dtype)], dim=-1)
+
+    def inverse(self) -> "RotaryTable":
+        """The table that turns back."""
+        return RotaryTable(self.cos, -self.sin)
 
 
 def rotary_table(

@@ -1,0 +1,440 @@
+"""DeepSeek V4 (Flash and Pro): released config and tensor names, both ways.
+
+The official config gives a compression ratio per layer, one more for every draft block behind them; transformers
+re-saves it with layer types, rates by type and rotary settings by name. Tensors are met in the official layout, FP8
+and FP4 with their scales, and under transformers' names.
+"""
+
+import re
+from collections.abc import Callable, Collection, Mapping
+from typing import Any
+
+from kvell.config import LayerConfig, ModelConfig
+from kvell.errors import ConfigError
+from kvell.families.family import (
+    Family,
+    Placement,
+    Placements,
+    Released,
+    all_of_kind,
+    released_ids,
+    token_ids,
+)
+from kvell.families.rotary import read_rotary
+from kvell.layers.compressed import Compressed
+from kvell.layers.experts import MixtureOfExperts
+from kvell.layers.hyper_connections import HyperConnections
+from kvell.layers.rotary import AnyRotary, DefaultRotary, YarnRotary
+from kvell.layers.routers import HashRouter
+
+WINDOW, CSA, HCA = "sliding_attention", "compressed_sparse_attention", "heavily_compressed_attention"
+TYPES = {WINDOW: WINDOW, CSA: CSA, HCA: HCA}
+RATIOS = {0: WINDOW, 4: CSA, 128: HCA}
+RATES = {CSA: 4, HCA: 128}
+SCORES = {"sqrtsoftplus": "sqrt_softplus", "sigmoid": "sigmoid"}
+RELEASED_SCORES = {ours: theirs for theirs, ours in SCORES.items()}
+YARN_KEYS = {"factor", "original_max_position_embeddings", "beta_fast", "beta_slow", "attention_factor"}
+
+
+def read_config(values: Mapping[str, Any]) -> ModelConfig:
+    text = Released("deepseek_v4", values)
+    text.refuse("norm_topk_prob", (None, True), "routing weights are always normalised")
+    text.refuse("attention_bias", (None, False), "projections with biases are not built")
+    text.refuse("mlp_bias", (None, False), "projections with biases are not built")
+    text.refuse("num_key_value_heads", (None, 1), "all heads share one vector of keys and values")
+    text.refuse("hidden_act", (None, "silu"), "the experts' gates are silu")
+    text.refuse("n_shared_experts", (None, 1), "there is one shared expert")
+    layers = text.integer("num_hidden_layers")
+    types = _layer_types(text, layers)
+    rates = {**RATES, **text.mapping("compress_rates", {})}
+    hashed = _hashed(text, layers)
+    rotary_width = _rotary_width(text)
+    main, compress = _rotaries(text)
+    score = text.choice("scoring_func", text.get("scoring_func", "sqrtsoftplus"), SCORES)
+
+    def attention(kind: str) -> dict[str, Any]:
+        compressor = None if kind == WINDOW else {"ratio": rates[kind], "overlap": kind == CSA}
+        indexer = {
+            "num_heads": text.get("index_n_heads", 64),
+            "head_dim": text.get("index_head_dim", 128),
+            "top_k": text.get("index_topk", 512),
+        }
+        return {
+            "kind": "compressed",
+            "num_heads": text.get("num_attention_heads", 64),
+            "head_dim": text.get("head_dim", 512),
+            "sliding_window": text.get("sliding_window", 128),
+            "rotary": main if kind == WINDOW else compress,
+            "rotary_width": rotary_width,
+            "query_rank": text.get("q_lora_rank", 1024),
+            "output_groups": text.get("o_groups", 8),
+            "output_rank": text.get("o_lora_rank", 1024),
+            "compressor": compressor,
+            "indexer": indexer if kind == CSA else None,
+        }
+
+    def feed_forward(by_hash: bool) -> dict[str, Any]:
+        width = text.get("moe_intermediate_size", 2048)
+        return {
+            "kind": "mixture_of_experts",
+            "num_experts": text.get("n_routed_experts", 256),
+            "top_k": text.get("num_experts_per_tok", 6),
+            "intermediate_size": width,
+            "shared_intermediate_size": width,
+            "router": {"kind": "hash", "score": score} if by_hash else {"kind": score},
+            "routed_scale": text.get("routed_scaling_factor", 1.5),
+            "limit": text.get("swiglu_limit", 10.0),
+        }
+
+    def layer(kind: str, by_hash: bool) -> dict[str, Any]:
+        return {"attention": attention(kind), "feed_forward": feed_forward(by_hash)}
+
+    return ModelConfig.from_dict(
+        {
+            "family": "deepseek_v4",
+            "vocab_size": text.get("vocab_size", 129280),
+            "hidden_size": text.get("hidden_size", 4096),
+            "max_positions": text.get("max_position_embeddings", 1048576),
+            "norm_eps": text.get("rms_norm_eps", 1e-6),
+            "connection": {
+                "kind": "hyper",
+                "streams": text.get("hc_mult", 4),
+                "iterations": text.get("hc_sinkhorn_iters", 20),
+                "eps": text.get("hc_eps", 1e-6),
+            },
+            "tied_head": text.flag("tie_word_embeddings", False),
+            "initializer_range": text.get("initializer_range", 0.02),
+            "bos_token_id": text.get("bos_token_id", None),
+            "eos_token_ids": token_ids(text.get("eos_token_id", None)),
+            "pad_token_id": text.get("pad_token_id", None),
+            "layers": [layer(kind, by_hash) for kind, by_hash in zip(types, hashed, strict=True)],
+            "draft": {"layer": layer(WINDOW, False)} if _predicts_multiple(text, layers) else None,
+        },
+        "deepseek_v4 config",
+    )
+
+
+def _layer_types(text: Released, layers: int) -> list[str]:
+    """By name, or by compression ratios, of which the draft blocks' stand at the end."""
+    if "layer_types" in text.values or "compress_ratios" not in text.values:
+        return [text.choice("layer_types", kind, TYPES) for kind in text.per_layer("layer_types", [])]
+    ratios = text.get("compress_ratios")
+    if not isinstance(ratios, list) or len(ratios) < layers:
+        found = f"has {len(ratios)} entries" if isinstance(ratios, list) else f"is {ratios!r}"
+        raise ConfigError(f"deepseek_v4 config: compress_ratios {found} for {layers} layers")
+    return [text.choice("compress_ratios", ratio, RATIOS) for ratio in ratios[:layers]]
+
+
+def _predicts_multiple(text: Released, layers: int) -> bool:
+    """Whether the file has the preview releases' one block of multi-token prediction. Where there are more blocks,
+    they are another drafter's (DSpark's, in Flash-0731)."""
+    ratios = text.get("compress_ratios", None)
+    blocks = len(ratios) - layers if isinstance(ratios, list) else 1
+    return text.integer("num_nextn_predict_layers", 1, minimum=0) == 1 and blocks == 1
+
+
+def _hashed(text: Released, layers: int) -> list[bool]:
+    """Which layers' experts are chosen by token id."""
+    if text.get("mlp_layer_types", None) is not None:
+        types = text.per_layer("mlp_layer_types", [])
+        return [text.choice("mlp_layer_types", kind, {"hash_moe": True, "moe": False}) for kind in types]
+    first = text.integer("num_hash_layers", 3, minimum=0)
+    return [index < first for index in range(layers)]
+
+
+def _rotary_width(text: Released) -> int:
+    head_dim = text.integer("head_dim", 512)
+    if text.get("qk_rope_head_dim", None) is not None:
+        return text.integer("qk_rope_head_dim")
+    fraction = text.get("partial_rotary_factor", 64 / 512)
+    if not isinstance(fraction, int | float):
+        raise ConfigError(f"deepseek_v4 config: partial_rotary_factor is {fraction!r}, wanted is a number")
+    return int(head_dim * fraction)
+
+
+def _rotaries(text: Released) -> tuple[dict[str, Any], dict[str, Any]]:
+    """The settings of layers with a window only, and of those that compress.
+
+    The width that turns is said elsewhere. YaRN's attention factor is 1: the paper's default is not applied.
+    """
+    nested = text.get("rope_parameters", {})
+    if isinstance(nested, Mapping) and "main" in nested and "compress" in nested:
+        both = [
+            dict(nested[name]) if isinstance(nested[name], Mapping) else nested[name] for name in ("main", "compress")
+        ]
+    else:
+        scaling = text.get("rope_scaling", nested)
+        if not isinstance(scaling, Mapping):
+            raise ConfigError(f"deepseek_v4 config: rope_scaling is {scaling!r}, wanted is an object")
+        kind = scaling.get("rope_type", scaling.get("type", "default"))
+        yarn = {key: value for key, value in scaling.items() if key in YARN_KEYS}
+        main = {"rope_type": "default", "rope_theta": text.get("rope_theta", 10000.0)}
+        compress = {"rope_type": kind, "rope_theta": text.get("compress_rope_theta", 160000.0), **yarn}
+        both = [main, compress]
+    for released in both:
+        if isinstance(released, dict):
+            released.pop("partial_rotary_factor", None)
+            if released.get("rope_type") == "yarn":
+                released.setdefault("attention_factor", 1.0)
+    main, compress = (
+        read_rotary(released, f"deepseek_v4 config: rope_parameters.{name}")
+        for name, released in zip(("main", "compress"), both, strict=True)
+    )
+    return main, compress
+
+
+def write_config(config: ModelConfig) -> dict[str, Any]:
+    attentions = all_of_kind([layer.attention for layer in config.layers], Compressed, "deepseek_v4")
+    mixtures = all_of_kind([layer.feed_forward for layer in config.layers], MixtureOfExperts, "deepseek_v4")
+    (connection,) = all_of_kind([config.connection], HyperConnections, "deepseek_v4")
+    first, mixture = attentions[0], mixtures[0]
+    types, rates, rotaries = [], dict(RATES), {}
+    indexer = None
+    for attention in attentions:
+        kind = WINDOW if attention.compressor is None else CSA if attention.compressor.overlap else HCA
+        types.append(kind)
+        rotaries["main" if kind == WINDOW else "compress"] = attention.rotary
+        if attention.compressor is not None:
+            rates[kind] = attention.compressor.ratio
+        indexer = indexer or attention.indexer
+    if config.draft is not None and isinstance(config.draft.layer.attention, Compressed):
+        rotaries.setdefault("main", config.draft.layer.attention.rotary)
+    routers = [one.router for one in mixtures]
+    score = next(router.score if isinstance(router, HashRouter) else router.kind for router in routers)
+    values: dict[str, Any] = {
+        "architectures": ["DeepseekV4ForCausalLM"],
+        "model_type": "deepseek_v4",
+        "vocab_size": config.vocab_size,
+        "hidden_size": config.hidden_size,
+        "num_hidden_layers": config.num_layers,
+        "num_attention_heads": first.num_heads,
+        "num_key_value_heads": 1,
+        "head_dim": first.head_dim,
+        "partial_rotary_factor": first.rotary_width / first.head_dim,
+        "q_lora_rank": first.query_rank,
+        "o_groups": first.output_groups,
+        "o_lora_rank": first.output_rank,
+        "sliding_window": first.sliding_window,
+        "layer_types": types,
+        "compress_rates": rates,
+        "rope_parameters": {
+            name: _write_rotary(rotaries.get(name, first.rotary), first) for name in ("main", "compress")
+        },
+        "mlp_layer_types": ["hash_moe" if isinstance(router, HashRouter) else "moe" for router in routers],
+        "n_routed_experts": mixture.num_experts,
+        "num_experts_per_tok": mixture.top_k,
+        "n_shared_experts": 1,
+        "moe_intermediate_size": mixture.intermediate_size,
+        "routed_scaling_factor": mixture.routed_scale,
+        "swiglu_limit": mixture.limit,
+        "scoring_func": RELEASED_SCORES.get(score),
+        "norm_topk_prob": True,
+        "hc_mult": connection.streams,
+        "hc_sinkhorn_iters": connection.iterations,
+        "hc_eps": connection.eps,
+        "num_nextn_predict_layers": 0 if config.draft is None else 1,
+        "max_position_embeddings": config.max_positions,
+        "rms_norm_eps": config.norm_eps,
+        "tie_word_embeddings": config.tied_head,
+        "initializer_range": config.initializer_range,
+        "bos_token_id": config.bos_token_id,
+        "eos_token_id": released_ids(config.eos_token_ids),
+        "pad_token_id": config.pad_token_id,
+    }
+    if indexer is not None:
+        values |= {
+            "index_n_heads": indexer.num_heads,
+            "index_head_dim": indexer.head_dim,
+            "index_topk": indexer.top_k,
+        }
+    return values
+
+
+def _write_rotary(rotary: AnyRotary, attention: Compressed) -> dict[str, Any]:
+    values: dict[str, Any] = {
+        "rope_type": rotary.kind,
+        "rope_theta": rotary.theta,
+        "partial_rotary_factor": attention.rotary_width / attention.head_dim,
+    }
+    if isinstance(rotary, YarnRotary):
+        values |= {
+            "factor": rotary.factor,
+            "original_max_position_embeddings": rotary.original_positions,
+            "beta_fast": rotary.beta_fast,
+            "beta_slow": rotary.beta_slow,
+            "attention_factor": rotary.scale(),
+        }
+    elif not isinstance(rotary, DefaultRotary):
+        raise ConfigError(f"deepseek_v4 has no {rotary.kind} rotary embeddings")
+    return values
+
+
+ATTENTION = {
+    "q_a_proj.weight": "q_a_proj.weight",
+    "q_a_norm.weight": "q_a_norm.weight",
+    "q_b_proj.weight": "q_b_proj.weight",
+    "kv_proj.weight": "kv_proj.weight",
+    "kv_norm.weight": "kv_norm.weight",
+    "o_a_proj.weight": "o_a_proj.weight",
+    "o_b_proj.weight": "o_b_proj.weight",
+    "sinks": "sink",
+}
+COMPRESSOR = {
+    "kv_proj.weight": "kv_proj.weight",
+    "gate_proj.weight": "gate_proj.weight",
+    "position_bias": "position_bias",
+    "kv_norm.weight": "norm.weight",
+}
+INDEXER = {"q_b_proj.weight": "q_proj.weight", "scorer.weights_proj.weight": "weights_proj.weight"}
+CONNECTION = {"fn": "weight", "base": "base", "scale": "scale"}
+SHARED = ("gate_proj", "up_proj", "down_proj")
+
+
+def placements(config: ModelConfig) -> Placements:
+    """Under transformers' names, which `save_pretrained` writes; the draft block's are those of the official layout,
+    as transformers has none."""
+    names = {"model.embed_tokens.weight": "embedding.weight", "model.norm.weight": "norm.weight"}
+    if not config.tied_head:
+        names["lm_head.weight"] = "head.weight"
+    names |= {f"model.hc_head.hc_{theirs}": f"ends.{ours}" for theirs, ours in CONNECTION.items()}
+    for index, layer in enumerate(config.layers):
+        names |= _layer_names(layer, f"model.layers.{index}.", f"layers.{index}.")
+    if config.draft is not None:
+        names |= _layer_names(config.draft.layer, "mtp.0.", "draft_block.layer.")
+        for theirs, ours in (
+            ("enorm", "embedding_norm"),
+            ("hnorm", "residual_norm"),
+            ("e_proj", "embedding_proj"),
+            ("h_proj", "residual_proj"),
+            ("norm", "norm"),
+        ):
+            names[f"mtp.0.{theirs}.weight"] = f"draft_block.{ours}.weight"
+        names |= {f"mtp.0.hc_head.hc_{theirs}": f"draft_block.ends.{ours}" for theirs, ours in CONNECTION.items()}
+    return {theirs: Placement(ours) for theirs, ours in names.items()}
+
+
+def _layer_names(layer: LayerConfig, theirs: str, ours: str) -> dict[str, str]:
+    names = {
+        "input_layernorm.weight": "attention_frame.input_norm.weight",
+        "post_attention_layernorm.weight": "feed_forward_frame.input_norm.weight",
+        "mlp.gate.weight": "feed_forward.router.proj.weight",
+        "mlp.experts.gate_up_proj": "feed_forward.gate_up_proj",
+        "mlp.experts.down_proj": "feed_forward.down_proj",
+    }
+    names |= {f"self_attn.{name}": f"attention.{own}" for name, own in ATTENTION.items()}
+    attention, mixture = layer.attention, layer.feed_forward
+    if isinstance(attention, Compressed) and attention.compressor is not None:
+        names |= {f"self_attn.compressor.{name}": f"attention.compressor.{own}" for name, own in COMPRESSOR.items()}
+        if attention.indexer is not None:
+            indexer = {name: f"compressor.{own}" for name, own in COMPRESSOR.items()} | INDEXER
+            names |= {
+                f"self_attn.compressor.indexer.{name}": f"attention.indexer.{own}" for name, own in indexer.items()
+            }
+    hashed = isinstance(mixture, MixtureOfExperts) and isinstance(mixture.router, HashRouter)
+    router = ("tid2eid", "table") if hashed else ("e_score_correction_bias", "selection_bias")
+    names[f"mlp.gate.{router[0]}"] = f"feed_forward.router.{router[1]}"
+    for name in SHARED:
+        names[f"mlp.shared_experts.{name}.weight"] = f"feed_forward.shared_expert.{name}.weight"
+    for block, frame in (("attn_hc", "attention_frame"), ("ffn_hc", "feed_forward_frame")):
+        names |= {f"{block}.{name}": f"{frame}.connection.{own}" for name, own in CONNECTION.items()}
+    return {theirs + name: ours + own for name, own in names.items()}
+
+
+def single_experts(config: ModelConfig) -> Placements:
+    """The official layout's experts, three tensors each: w1 is the gate, w3 up, w2 down."""
+    layers = [(f"model.layers.{i}.", f"layers.{i}.", layer) for i, layer in enumerate(config.layers)]
+    if config.draft is not None:
+        layers.append(("mtp.0.", "draft_block.layer.", config.draft.layer))
+    placed = {}
+    for theirs, ours, layer in layers:
+        if not isinstance(layer.feed_forward, MixtureOfExperts):
+            continue
+        width = layer.feed_forward.intermediate_size
+        gate_up, down = f"{ours}feed_forward.gate_up_proj", f"{ours}feed_forward.down_proj"
+        for expert in range(layer.feed_forward.num_experts):
+            name = f"{theirs}mlp.experts.{expert}"
+            placed[f"{name}.w1.weight"] = Placement(gate_up, expert, (0, width))
+            placed[f"{name}.w3.weight"] = Placement(gate_up, expert, (width, 2 * width))
+            placed[f"{name}.w2.weight"] = Placement(down, expert)
+    return placed
+
+
+# The official layout's names, as patterns, for transformers' ones; in this order.
+OFFICIAL = [
+    (r"^embed\.", "model.embed_tokens."),
+    (r"^head\.", "lm_head."),
+    (r"^norm\.", "model.norm."),
+    (r"^hc_head_(\w+)$", r"model.hc_head.hc_\1"),
+    (r"^mtp\.(\d+)\.hc_head_(\w+)$", r"mtp.\1.hc_head.hc_\2"),
+    (r"^layers\.", "model.layers."),
+    (r"\.attn\.", ".self_attn."),
+    (r"\.ffn\.", ".mlp."),
+    (r"\.attn_norm\.", ".input_layernorm."),
+    (r"\.ffn_norm\.", ".post_attention_layernorm."),
+    (r"\.hc_(attn|ffn)_(\w+)$", r".\1_hc.\2"),
+    (r"\.self_attn\.indexer\.compressor\.", ".self_attn.compressor.indexer."),
+    (r"\.self_attn\.indexer\.weights_proj\.", ".self_attn.compressor.indexer.scorer.weights_proj."),
+    (r"\.self_attn\.indexer\.wq_b\.", ".self_attn.compressor.indexer.q_b_proj."),
+    (r"(\.self_attn\.compressor\.(?:indexer\.)?)norm\.", r"\1kv_norm."),
+    (r"(\.self_attn\.compressor\.(?:indexer\.)?)ape$", r"\1position_bias"),
+    (r"(\.self_attn\.compressor\.(?:indexer\.)?)wgate\.", r"\1gate_proj."),
+    (r"\.self_attn\.attn_sink$", ".self_attn.sinks"),
+    (r"\.self_attn\.wq_a\.", ".self_attn.q_a_proj."),
+    (r"\.self_attn\.wq_b\.", ".self_attn.q_b_proj."),
+    (r"\.self_attn\.q_norm\.", ".self_attn.q_a_norm."),
+    (r"(\.self_attn\.(?:compressor\.(?:indexer\.)?)?)wkv\.", r"\1kv_proj."),
+    (r"\.self_attn\.wo_a\.", ".self_attn.o_a_proj."),
+    (r"\.self_attn\.wo_b\.", ".self_attn.o_b_proj."),
+    (r"\.mlp\.gate\.bias$", ".mlp.gate.e_score_correction_bias"),
+    (r"\.shared_experts\.w1\.", ".shared_experts.gate_proj."),
+    (r"\.shared_experts\.w3\.", ".shared_experts.up_proj."),
+    (r"\.shared_experts\.w2\.", ".shared_experts.down_proj."),
+]
+
+
+def spelling(names: Collection[str], config: ModelConfig) -> Callable[[str], str]:
+    return canonical
+
+
+def canonical(name: str) -> str:
+    for official, current in OFFICIAL:
+        name = re.sub(official, current, name)
+    return name
+
+
+def without_missing(config: ModelConfig, names: Collection[str]) -> ModelConfig:
+    """transformers keeps the draft block in the config, and not its tensors."""
+    if config.draft is None or any(name.startswith("mtp.") for name in names):
+        return config
+    return ModelConfig.from_dict(config.model_dump() | {"draft": None})
+
+
+def scale_name(name: str) -> str | None:
+    """Where the scales of a quantised weight stand in the official layout."""
+    return name.removesuffix("weight") + "scale" if name.endswith(".weight") else None
+
+
+def _drafter(name: str, config: ModelConfig) -> bool:
+    """Of a drafter that this model's config does not describe: DSpark's, or a draft block it says it has not."""
+    return config.draft is None and name.startswith("mtp.")
+
+
+def _tied_head(name: str, config: ModelConfig) -> bool:
+    return config.tied_head and canonical(name) == "lm_head.weight"
+
+
+DRAFTER = "a drafter that is not multi-token prediction"
+
+FAMILY = Family(
+    name="deepseek_v4",
+    model_types=("deepseek_v4",),
+    read_config=read_config,
+    write_config=write_config,
+    placements=placements,
+    alternatives=single_experts,
+    spelling=spelling,
+    adapted=without_missing,
+    scale_name=scale_name,
+    skip_rules={DRAFTER: _drafter, "a head tied to the embedding": _tied_head},
+    noticed_rules=frozenset({DRAFTER}),
+)

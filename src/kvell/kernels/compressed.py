@@ -1,0 +1,215 @@
+"""Attention over the last tokens and over compressed entries of everything before, in one softmax.
+
+A sequence with S rows held, E entries and n queries at the positions p: query i sees the rows of its window (its own
+and window - 1 before it) and the entries j < visible_i = (p_i + 1) // ratio, or those of them that were picked for
+it. A learned sink per head takes part in the softmax and gives nothing.
+
+    o_h = (sum_s exp(q_h . r_s) r_s + sum_j exp(q_h . e_j) e_j) / (exp(sink_h) + sum_s exp(..) + sum_j exp(..))
+
+with q . r times the scale. Rows and entries are keys and values at once, shared by all heads (DeepSeek V4, arXiv
+2606.19348, section 2.3). Which entries are picked is scored by a small attention of its own, the indexer:
+
+    score_j = sum_h weight_h * relu(q_h . k_j)
+
+n queries of one sequence, S rows, E entries, H heads, D width, P picks.
+"""
+
+from collections.abc import Iterator
+
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+from torch.nn import functional as F
+
+from kvell.kernels.choice import reference_wanted
+from kvell.kernels.top_k import top_k_ascending
+
+# Scores of a block of queries are at most about so many numbers: large enough to keep matrix products efficient.
+BLOCK_NUMBERS = 1 << 22
+MAX_BLOCK = 128
+# Gathering a query's own entries costs more per entry than multiplying with all of them and masking most.
+GATHER_FROM = 4
+
+
+def compressed_attention(
+    query: Float[Tensor, "n H D"],
+    rows: Float[Tensor, "S D"],
+    entries: Float[Tensor, "E D"],
+    visible: Int[Tensor, " n"],
+    picks: Int[Tensor, "n P"] | None,
+    sink: Float[Tensor, " H"],
+    *,
+    scale: float,
+    window: int,
+) -> Float[Tensor, "n H D"]:
+    """One sequence's queries, its last n rows', over its rows and entries. Picks of -1 stand for none."""
+    run = compressed_attention_reference if reference_wanted() else compressed_attention_blocked
+    return run(query, rows, entries, visible, picks, sink, scale=scale, window=window)
+
+
+def compressed_attention_reference(
+    query: Float[Tensor, "n H D"],
+    rows: Float[Tensor, "S D"],
+    entries: Float[Tensor, "E D"],
+    visible: Int[Tensor, " n"],
+    picks: Int[Tensor, "n P"] | None,
+    sink: Float[Tensor, " H"],
+    *,
+    scale: float,
+    window: int,
+) -> Float[Tensor, "n H D"]:
+    """One query at a time, in fp32."""
+    outputs = []
+    for i, q in enumerate(query):
+        last = len(rows) - len(query) + i + 1
+        seen = entries[: visible[i]] if picks is None else entries[picks[i][picks[i] >= 0]]
+        attended = torch.cat([rows[max(last - window, 0) : last], seen]).float()
+        scores = torch.cat([sink.float()[:, None], q.float() @ attended.T * scale], dim=1)
+        outputs.append(scores.softmax(-1)[:, 1:] @ attended)
+    return torch.stack(outputs).to(query.dtype)
+
+
+def compressed_attention_blocked(
+    query: Float[Tensor, "n H D"],
+    rows: Float[Tensor, "S D"],
+    entries: Float[Tensor, "E D"],
+    visible: Int[Tensor, " n"],
+    picks: Int[Tensor, "n P"] | None,
+    sink: Float[Tensor, " H"],
+    *,
+    scale: float,
+    window: int,
+) -> Float[Tensor, "n H D"]:
+    """Blocks of queries, each against the rows that any of the block's queries sees and their entries."""
+    outputs = [
+        near_weights @ near + far_weights @ far
+        for near, far, near_weights, far_weights in _blocks(query, rows, entries, visible, picks, sink, scale, window)
+    ]
+    return outputs[0] if len(outputs) == 1 else torch.cat(outputs)
+
+
+@torch.no_grad()
+def attention_mass(
+    query: Float[Tensor, "n H D"],
+    rows: Float[Tensor, "S D"],
+    entries: Float[Tensor, "E D"],
+    visible: Int[Tensor, " n"],
+    sink: Float[Tensor, " H"],
+    *,
+    scale: float,
+    window: int,
+) -> Float[Tensor, "n E"]:
+    """How much weight all heads together give to each entry where every visible one is attended to."""
+    masses = [
+        F.pad(far_weights.float().sum(1), (0, len(entries) - far_weights.shape[2]))
+        for *_, far_weights in _blocks(query, rows, entries, visible, None, sink, scale, window)
+    ]
+    return torch.cat(masses)
+
+
+def _blocks(
+    query: Float[Tensor, "n H D"],
+    rows: Float[Tensor, "S D"],
+    entries: Float[Tensor, "E D"],
+    visible: Int[Tensor, " n"],
+    picks: Int[Tensor, "n P"] | None,
+    sink: Float[Tensor, " H"],
+    scale: float,
+    window: int,
+) -> Iterator[tuple[Tensor, Tensor, Tensor, Tensor]]:
+    """For every block of b queries: the W rows they see (W, D), the entries (E', D) or each query's own (b, P, D),
+    and the weights of both, (b, H, W) and (b, H, E' or P)."""
+    count, heads, width = query.shape
+    gather = picks is not None and len(entries) > GATHER_FROM * picks.shape[1]
+    numbers = picks.shape[1] * (width + heads) if picks is not None and gather else heads * max(len(entries), window)
+    size = min(max(BLOCK_NUMBERS // numbers, 1), MAX_BLOCK)
+    for start in range(0, count, size):
+        stop = min(start + size, count)
+        own = query[start:stop]
+        first, last = max(len(rows) - count + start - window + 1, 0), len(rows) - count + stop
+        near, newest = rows[first:last], last - first - (stop - start)
+        near_mask = torch.ones(stop - start, len(near), dtype=torch.bool, device=own.device)
+        near_mask = near_mask.tril(newest).triu(newest - window + 1)
+        if picks is not None and gather:
+            chosen = picks[start:stop]
+            far, far_mask = entries[chosen.clamp_min(0)], chosen >= 0
+        else:
+            far = entries[: int(visible[start:stop].max())]
+            far_mask = _allowed(visible[start:stop], None if picks is None else picks[start:stop], len(far))
+        scores = [
+            sink.float()[None, :, None].expand(stop - start, -1, 1),
+            ((own @ near.T).float() * scale).masked_fill(~near_mask[:, None], float("-inf")),
+            ((own @ far.mT).float() * scale).masked_fill(~far_mask[:, None], float("-inf")),
+        ]
+        weights = torch.cat(scores, dim=2).softmax(-1).to(own.dtype)
+        yield near, far, weights[..., 1 : 1 + len(near)], weights[..., 1 + len(near) :]
+
+
+def _allowed(visible: Int[Tensor, " n"], picks: Int[Tensor, "n P"] | None, entries: int) -> Bool[Tensor, "n E"]:
+    """Which of the first `entries` entries each query attends to."""
+    if picks is None:
+        return torch.arange(entries, device=visible.device) < visible[:, None]
+    mask = torch.zeros(len(visible), entries + 1, dtype=torch.bool, device=visible.device)
+    return mask.scatter_(1, torch.where(picks < 0, entries, picks), True)[:, :-1]
+
+
+def index_scores(
+    query: Float[Tensor, "n H D"], weights: Float[Tensor, "n H"], keys: Float[Tensor, "E D"]
+) -> Float[Tensor, "n E"]:
+    """The indexer's score of every entry for every query, fp32."""
+    relevant = (query.float() @ keys.float().T).relu_()
+    return (weights.float()[:, None] @ relevant).squeeze(1)
+
+
+def pick(
+    query: Float[Tensor, "n H D"],
+    weights: Float[Tensor, "n H"],
+    keys: Float[Tensor, "E D"],
+    visible: Int[Tensor, " n"],
+    top_k: int,
+) -> Int[Tensor, "n P"]:
+    """The `top_k` best visible entries of every query, ascending, then -1 where fewer are visible.
+
+    Of equal scores the lowest index. P is top_k, or E if there are fewer entries.
+    """
+    run = pick_reference if reference_wanted() else pick_blocked
+    return run(query, weights, keys, visible, top_k)
+
+
+def pick_reference(
+    query: Float[Tensor, "n H D"],
+    weights: Float[Tensor, "n H"],
+    keys: Float[Tensor, "E D"],
+    visible: Int[Tensor, " n"],
+    top_k: int,
+) -> Int[Tensor, "n P"]:
+    """One query at a time, by sorting."""
+    picks = query.new_full((len(query), min(top_k, len(keys))), -1, dtype=torch.long)
+    for i in range(len(query)):
+        scores = index_scores(query[i : i + 1], weights[i : i + 1], keys[: visible[i]])[0]
+        best = scores.sort(descending=True, stable=True).indices[:top_k].sort().values
+        picks[i, : len(best)] = best
+    return picks
+
+
+def pick_blocked(
+    query: Float[Tensor, "n H D"],
+    weights: Float[Tensor, "n H"],
+    keys: Float[Tensor, "E D"],
+    visible: Int[Tensor, " n"],
+    top_k: int,
+) -> Int[Tensor, "n P"]:
+    """Blocks of queries, each against the entries that any of the block's queries sees."""
+    picks = query.new_full((len(query), min(top_k, len(keys))), -1, dtype=torch.long)
+    size = min(max(BLOCK_NUMBERS // (query.shape[1] * max(len(keys), 1)), 1), MAX_BLOCK)
+    for start in range(0, len(query), size):
+        block = slice(start, min(start + size, len(query)))
+        seen = visible[block]
+        most = int(seen.max())
+        if most == 0:
+            continue
+        scores = index_scores(query[block], weights[block], keys[:most])
+        scores = scores.masked_fill_(torch.arange(most, device=seen.device) >= seen[:, None], float("-inf"))
+        best = top_k_ascending(scores, min(top_k, most))
+        picks[block, : best.shape[1]] = torch.where(best < seen[:, None], best, -1)
+    return picks

@@ -1,0 +1,233 @@
+"""Window + compressed attention: the last tokens as they are, everything before as compressed entries (DeepSeek V4,
+arXiv 2606.19348, section 2.3).
+
+    window only                          a layer without a compressor
+    heavily compressed attention (HCA)   a compressor with a large ratio, every visible entry is attended to
+    compressed sparse attention (CSA)    a compressor with a small ratio and overlapping windows; an indexer picks
+                                         the entries that a query attends to
+
+One vector per token is key and value at once, for all heads (shared-KV multi-query attention):
+
+    c_t   = norm(Wa x_t),  q_t = rotate(rms(Wb c_t))            H heads of width D
+    kv_t  = rotate(norm(Wkv x_t))                               D channels
+    o_t   = rotate back(attention(q_t, [kv of the window | entries], sink))
+    y_t   = Wo2 [Wo1_1 o_t,group 1; ...; Wo1_G o_t,group G]     the heads in G groups, each with its own projection
+
+Rotary embeddings turn the last channels of a head, in fp32. As values are turned too, the output is turned back at
+the query's position. A compressor makes entry j of the tokens of its window j, [j * ratio, (j + 1) * ratio):
+
+    entry_j = rotate(norm(sum_s softmax_s(Wgate x_s + bias_s) * Wkv x_s))        softmax per channel, fp32
+
+With overlap there are two sets of channels: entry j sums over the window before through the first set and over its
+own through the second; the first entry has no window before. Entries stand at the FIRST token of their window. Query
+t sees entry j if its window is complete: j < (t + 1) // ratio.
+
+The indexer has entries of its own and scores them by relu(q . k), weighted and summed over its heads; the best
+`top_k` visible ones are attended to, of equal ones the first. The choice has no gradient: `step.index_losses`
+collects a loss that trains it (DeepSeek V3.2, arXiv 2512.02556, section 2.1): the divergence of its scores' softmax
+from where the attention of all heads really goes.
+
+What a sequence must remember: window - 1 rows of kv, every entry, and the raw rows that entries to come still need,
+ratio - 1 of them, or 2 * ratio - 1 with overlap. What people get wrong: the position of an entry, other rotary
+settings for the window's keys than for the entries in layers that have both, and YaRN's attention factor (1 here).
+"""
+
+from typing import TYPE_CHECKING, Annotated, ClassVar, Literal, Self
+
+import torch
+from jaxtyping import Float, Int
+from pydantic import Field, PositiveInt, model_validator
+from torch import Tensor, nn
+
+from kvell.cache import StreamSpec
+from kvell.kernels.compressed import attention_mass, compressed_attention
+from kvell.kernels.rounding import hadamard, round_fp4, round_fp8
+from kvell.layers.compressor import Compressor, EntryCompressor, entry_streams
+from kvell.layers.indexer import EntryIndexer, Indexer
+from kvell.layers.norms import RMSNorm
+from kvell.layers.part import Part, Site
+from kvell.layers.precision import KeepsFp32
+from kvell.layers.rotary import Rotary, RotaryTable
+
+if TYPE_CHECKING:
+    from kvell.step import Step
+
+# Channels that share a scale in the released formats of keys and values, and of the indexer's.
+FP8_BLOCK, FP4_BLOCK = 64, 32
+
+
+class Compressed(Part):
+    """A layer of window + compressed attention.
+
+    `sliding_window` counts the token itself. `rotary` turns the last `rotary_width` channels of every head, of the
+    entries and of the indexer's heads. `query_rank` is the width of c_t, `output_rank` that of each of the
+    `output_groups`. `released_rounding` simulates the rounding of the released inference code: keys, values and
+    entries to FP8 (what is not turned, in blocks of 64), the indexer's to FP4 after a Hadamard transform.
+    """
+
+    kind: Literal["compressed"] = "compressed"
+    num_heads: PositiveInt
+    head_dim: PositiveInt
+    sliding_window: PositiveInt
+    rotary: Rotary
+    rotary_width: Annotated[int, Field(gt=0, multiple_of=2)]
+    query_rank: PositiveInt
+    output_groups: PositiveInt = 1
+    output_rank: PositiveInt
+    compressor: Compressor | None = None
+    indexer: Indexer | None = None
+    released_rounding: bool = False
+
+    kv_source: ClassVar[None] = None
+
+    @model_validator(mode="after")
+    def _parts_fit(self) -> Self:
+        if self.num_heads % self.output_groups:
+            raise ValueError(f"num_heads {self.num_heads} is not a multiple of output_groups {self.output_groups}")
+        if self.indexer is not None and self.compressor is None:
+            raise ValueError("an indexer picks among compressed entries: there is no compressor")
+        if self.rotary.kind == "proportional" or self.rotary.fraction != 1:
+            raise ValueError("rotary: rotary_width says how many channels turn: give it a fraction of 1")
+        for owner, width in (("head_dim", self.head_dim), ("indexer.head_dim", self._index_width)):
+            if width is not None and self.rotary_width > width:
+                raise ValueError(f"rotary_width {self.rotary_width} is more than {owner} {width}")
+        if self.released_rounding and (problem := self._cannot_round()):
+            raise ValueError(f"released_rounding: {problem}")
+        return self
+
+    def _cannot_round(self) -> str | None:
+        """Why the released formats do not fit these widths, or None where they do."""
+        if (plain := self.head_dim - self.rotary_width) % FP8_BLOCK:
+            return f"{plain} channels that are not turned are no blocks of {FP8_BLOCK}"
+        width = self._index_width
+        if width is not None and (width % FP4_BLOCK or width & (width - 1)):
+            return f"the indexer's {width} channels are no power of two in blocks of {FP4_BLOCK}"
+        return None
+
+    @property
+    def _index_width(self) -> int | None:
+        return None if self.indexer is None else self.indexer.head_dim
+
+    def build(self, site: Site) -> "CompressedAttention":
+        return CompressedAttention(self, site)
+
+    def streams(self) -> tuple[StreamSpec, ...]:
+        """What a sequence must remember for this layer."""
+        specs = [StreamSpec("window", self.head_dim, self.sliding_window - 1)]
+        if self.compressor is not None:
+            specs += entry_streams("entry", self.compressor, self.head_dim)
+            if self.indexer is not None:
+                specs += entry_streams("index", self.compressor, self.indexer.head_dim)
+        return tuple(specs)
+
+    def full_attention_width(self) -> int:
+        """Values a token would hold if this layer kept its keys, which are its values, for every token."""
+        return self.head_dim
+
+    def check_source(self, source: Part) -> str | None:
+        return "a compressed layer makes rows of its own"
+
+    def describe(self) -> dict[str, object]:
+        """What `kvell inspect` says of this layer."""
+        compression = None
+        if self.compressor is not None:
+            compression = f"1 entry per {self.compressor.ratio}" + (" overlapping" if self.compressor.overlap else "")
+            if self.indexer is not None:
+                compression += f", top {self.indexer.top_k}"
+        return {
+            "num_heads": self.num_heads,
+            "num_kv_heads": 1,
+            "head_dim": self.head_dim,
+            "sliding_window": self.sliding_window,
+            "kv_source": None,
+            "rotary": f"{self.rotary.describe()} of the last {self.rotary_width}",
+            "compression": compression,
+        }
+
+
+class CompressedAttention(KeepsFp32):
+    fp32: ClassVar[tuple[str, ...]] = ("sink",)
+
+    def __init__(self, config: Compressed, site: Site) -> None:
+        super().__init__()
+        self.config, self.index, self.norm_eps = config, site.index, site.norm_eps
+        hidden, heads, width = site.hidden_size, config.num_heads, config.head_dim
+        self.q_a_proj = nn.Linear(hidden, config.query_rank, bias=False)
+        self.q_a_norm = RMSNorm(config.query_rank, site.norm_eps)
+        self.q_b_proj = nn.Linear(config.query_rank, heads * width, bias=False)
+        self.q_norm = RMSNorm(width, site.norm_eps, weighted=False)
+        self.kv_proj = nn.Linear(hidden, width, bias=False)
+        self.kv_norm = RMSNorm(width, site.norm_eps)
+        self.sink = nn.Parameter(torch.zeros(heads, dtype=torch.float32))
+        # The rows of o_a_proj are the groups' projections, one after another.
+        groups, rank = config.output_groups, config.output_rank
+        self.o_a_proj = nn.Linear(heads * width // groups, groups * rank, bias=False)
+        self.o_b_proj = nn.Linear(groups * rank, hidden, bias=False)
+        self.compressor = self.indexer = None
+        if config.compressor is not None:
+            rotary, turned = config.rotary, config.rotary_width
+            rounding = (lambda x: round_unturned(x, turned)) if config.released_rounding else None
+            self.compressor = EntryCompressor(config.compressor, site, "entry", width, rotary, turned, rounding)
+            if config.indexer is not None:
+                rounding = (lambda x: round_fp4(hadamard(x), FP4_BLOCK)) if config.released_rounding else None
+                self.indexer = EntryIndexer(
+                    config.indexer, config.compressor, site, config.query_rank, rotary, turned, rounding
+                )
+
+    def forward(self, x: Float[Tensor, "T C"], step: "Step", wanted: "Step | None" = None) -> Float[Tensor, "W C"]:
+        """`wanted` narrows the queries to some of the step's tokens: W = T without it."""
+        rows = step.append(self.index, "window", self._rows(x, step))
+        entries = [row[:0] for row in rows] if self.compressor is None else self.compressor(x, step)
+        index_entries = None if self.indexer is None else self.indexer.compressor(x.detach(), step)
+        if wanted is not None:
+            x, step = wanted.select(x), wanted
+        low_rank = self.q_a_norm(self.q_a_proj(x))
+        query = self.q_norm(self.q_b_proj(low_rank).unflatten(1, (-1, self.config.head_dim)))
+        turn = self._turn(step)
+        queries = turn.rotate_last(query).split(step.counts)
+        visible = self._visible(step)
+        scale, window = self.config.head_dim**-0.5, self.config.sliding_window
+        picks: list[Tensor | None] = [None] * len(entries)
+        if self.indexer is not None and index_entries is not None:
+            questions = self.indexer(x.detach(), low_rank.detach(), turn)
+            picks = self.indexer.pick(questions, index_entries, visible, step)
+            if step.index_losses is not None:
+                masses = [
+                    attention_mass(*own, self.sink, scale=scale, window=window)
+                    for own in zip(queries, rows, entries, visible, strict=True)
+                ]
+                step.index_losses.append(self.indexer.loss(questions, index_entries, visible, masses, step))
+        outputs = [
+            compressed_attention(*own, self.sink, scale=scale, window=window)
+            for own in zip(queries, rows, entries, visible, picks, strict=True)
+        ]
+        return self._project(turn.inverse().rotate_last(torch.cat(outputs)))
+
+    def init_parameters(self) -> None:
+        self.sink.zero_()
+
+    def _rows(self, x: Float[Tensor, "T C"], step: "Step") -> Float[Tensor, "T D"]:
+        """What each token is to later ones: its key and its value."""
+        rows = self._turn(step).rotate_last(self.kv_norm(self.kv_proj(x))[:, None])[:, 0]
+        return round_unturned(rows, self.config.rotary_width) if self.config.released_rounding else rows
+
+    def _turn(self, step: "Step") -> RotaryTable:
+        return step.rotary(self.config.rotary, self.config.rotary_width, torch.float32)
+
+    def _visible(self, step: "Step") -> tuple[Int[Tensor, " _"], ...]:
+        """How many entries each query sees, per sequence."""
+        compressor = self.config.compressor
+        if compressor is None:
+            return torch.zeros_like(step.positions).split(step.counts)
+        return ((step.positions + 1) // compressor.ratio).split(step.counts)
+
+    def _project(self, y: Float[Tensor, "T H D"]) -> Float[Tensor, "T C"]:
+        """The groups' own low-rank projections, then one over all of them."""
+        groups = y.flatten(1).unflatten(1, (self.config.output_groups, -1))
+        weights = self.o_a_proj.weight.unflatten(0, (self.config.output_groups, -1))
+        return self.o_b_proj((groups.transpose(0, 1) @ weights.mT).transpose(0, 1).flatten(1))
+
+
+def round_unturned(rows: Float[Tensor, "_ D"], turned: int) -> Float[Tensor, "_ D"]:
+    """Rows whose channels that no rotary embedding turns are rounded to FP8, in blocks."""
+    return torch.cat([round_fp8(rows[:, :-turned], FP8_BLOCK), rows[:, -turned:]], dim=1)

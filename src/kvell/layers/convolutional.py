@@ -1,0 +1,194 @@
+"""Compressed convolutional attention (CCA; Figliolia et al. 2025, arXiv 2510.04476; ZAYA1, arXiv 2605.05365).
+
+Attention as a whole happens in a narrow space: H query and K KV heads of width D, with H * D well below the hidden
+size C. A short causal convolution and a mean between queries and keys make up for it. With x_t a token's input:
+
+    q, k    = Wq x, Wk x                                     H * D and K * D channels
+    c       = conv_grouped(conv_depthwise([q; k]))           causal, kernels of 2; the second mixes within a head
+    m_q     = (q + k of its group) / 2,   m_k = mean of its group's m_q
+    query   = normalised(c_q + m_q),      key = normalised(c_k + m_k) * temperature of the KV head
+    value_t = [Wv1 x_t; Wv2 x_(t-1)]                         half the channels come from the token before
+    y       = Wo attention(rotate(query), rotate(key), value)
+
+`normalised` divides by the L2 norm and multiplies by sqrt(D).
+
+What a sequence must remember besides keys and values: the last rows of [q; k] BEFORE the convolution, as many as it
+looks back on (2), and the last delayed half of a value. What people get wrong: the state of a chunk shorter than the
+kernels (rows shift, they are not replaced), and the beginning: zeros stand before the first convolution only, so the
+second one sees its bias there. Nothing but a sequence's own rows ever enters the convolution.
+"""
+
+from typing import TYPE_CHECKING, Annotated, ClassVar, Literal, Self
+
+import torch
+from jaxtyping import Float
+from pydantic import Field, PositiveInt, model_validator
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from kvell.cache import StreamSpec
+from kvell.kernels.attention import attention
+from kvell.layers.part import Part, Site
+from kvell.layers.rotary import Rotary, check_turns
+
+if TYPE_CHECKING:
+    from kvell.step import Step
+
+
+class Convolutional(Part):
+    """A CCA layer. `depthwise_kernel` and `grouped_kernel` count the token itself.
+
+    `sliding_window` counts it too; None sees everything.
+    """
+
+    kind: Literal["convolutional"] = "convolutional"
+    num_heads: PositiveInt
+    num_kv_heads: PositiveInt
+    head_dim: Annotated[int, Field(gt=0, multiple_of=2)]
+    sliding_window: PositiveInt | None = None
+    rotary: Rotary | None
+    depthwise_kernel: PositiveInt = 2
+    grouped_kernel: PositiveInt = 2
+    bias: bool = False
+
+    kv_source: ClassVar[None] = None
+
+    @model_validator(mode="after")
+    def _heads_divide(self) -> Self:
+        if self.num_heads % self.num_kv_heads:
+            raise ValueError(f"num_heads {self.num_heads} is not a multiple of num_kv_heads {self.num_kv_heads}")
+        if self.rotary is not None and (problem := check_turns(self.rotary, self.head_dim)):
+            raise ValueError(problem)
+        return self
+
+    @property
+    def channels(self) -> int:
+        """Channels that are convolved: those of all query and KV heads."""
+        return (self.num_heads + self.num_kv_heads) * self.head_dim
+
+    @property
+    def reach(self) -> int:
+        """How many rows before a token its convolution sees."""
+        return self.depthwise_kernel + self.grouped_kernel - 2
+
+    def build(self, site: Site) -> "ConvolutionalAttention":
+        return ConvolutionalAttention(self, site)
+
+    def streams(self) -> tuple[StreamSpec, ...]:
+        """What a sequence must remember for this layer."""
+        width = self.num_kv_heads * self.head_dim
+        past = None if self.sliding_window is None else self.sliding_window - 1
+        return (
+            StreamSpec("key", width, past),
+            StreamSpec("value", width, past),
+            StreamSpec("query_key", self.channels, self.reach),
+            StreamSpec("delayed_value", width // 2, 1),
+        )
+
+    def full_attention_width(self) -> int:
+        """Values a token would hold if this layer kept keys and values for every token."""
+        return 2 * self.num_kv_heads * self.head_dim
+
+    def check_source(self, source: Part) -> str | None:
+        return "a convolutional layer makes keys of its own"
+
+    def describe(self) -> dict[str, object]:
+        """What `kvell inspect` says of this layer."""
+        return {
+            "num_heads": self.num_heads,
+            "num_kv_heads": self.num_kv_heads,
+            "head_dim": self.head_dim,
+            "sliding_window": self.sliding_window,
+            "kv_source": None,
+            "rotary": None if self.rotary is None else self.rotary.describe(),
+            "compression": f"convolutions of {self.depthwise_kernel} and {self.grouped_kernel}",
+        }
+
+
+class ConvolutionalAttention(nn.Module):
+    def __init__(self, config: Convolutional, site: Site) -> None:
+        super().__init__()
+        self.config, self.index = config, site.index
+        hidden, bias = site.hidden_size, config.bias
+        query_width, key_width = config.num_heads * config.head_dim, config.num_kv_heads * config.head_dim
+        self.q_proj = nn.Linear(hidden, query_width, bias=bias)
+        self.k_proj = nn.Linear(hidden, key_width, bias=bias)
+        self.v_proj_current = nn.Linear(hidden, key_width // 2, bias=bias)
+        self.v_proj_delayed = nn.Linear(hidden, key_width // 2, bias=bias)
+        channels, heads = config.channels, config.num_heads + config.num_kv_heads
+        self.conv_depthwise = nn.Conv1d(channels, channels, config.depthwise_kernel, groups=channels)
+        self.conv_grouped = nn.Conv1d(channels, channels, config.grouped_kernel, groups=heads)
+        self.temperature = nn.Parameter(torch.ones(config.num_kv_heads))
+        self.o_proj = nn.Linear(query_width, hidden, bias=bias)
+
+    def forward(self, x: Float[Tensor, "T C"], step: "Step", wanted: "Step | None" = None) -> Float[Tensor, "W C"]:
+        """`wanted` narrows the queries to some of the step's tokens: W = T without it."""
+        config = self.config
+        query, key = self._query_and_key(x, step)
+        value = self._value(x, step)
+        if config.rotary is not None:
+            key = step.rotary(config.rotary, config.head_dim, x.dtype).rotate(key)
+        heads = (config.num_kv_heads, config.head_dim)
+        keys = [rows.unflatten(1, heads) for rows in step.append(self.index, "key", key.flatten(1))]
+        values = [rows.unflatten(1, heads) for rows in step.append(self.index, "value", value)]
+        if wanted is not None:
+            query, step = wanted.select(query), wanted
+        if config.rotary is not None:
+            query = step.rotary(config.rotary, config.head_dim, x.dtype).rotate(query)
+        scale, window = config.head_dim**-0.5, config.sliding_window
+        return self.o_proj(attention(query, keys, values, step.counts, scale=scale, window=window).flatten(1))
+
+    def _query_and_key(
+        self, x: Float[Tensor, "T C"], step: "Step"
+    ) -> tuple[Float[Tensor, "T H D"], Float[Tensor, "T K D"]]:
+        """Convolved, joined with their means, normalised; not yet rotated."""
+        config = self.config
+        rows = torch.cat([self.q_proj(x), self.k_proj(x)], dim=1)
+        convolved = self._convolve(rows, step).unflatten(1, (-1, config.head_dim))
+        query, key = rows.unflatten(1, (-1, config.head_dim)).split([config.num_heads, config.num_kv_heads], dim=1)
+        group = config.num_heads // config.num_kv_heads
+        query_mean = (query + key.repeat_interleave(group, dim=1)) / 2
+        key_mean = query_mean.unflatten(1, (-1, group)).mean(2)
+        query = normalised(convolved[:, : config.num_heads] + query_mean)
+        key = normalised(convolved[:, config.num_heads :] + key_mean)
+        return query, key * self.temperature[:, None]
+
+    def _convolve(self, rows: Float[Tensor, "T channels"], step: "Step") -> Float[Tensor, "T channels"]:
+        """Both convolutions over every sequence, each behind the rows that it remembers.
+
+        Sequences are laid end to end with `reach` rows before each, and convolved at once. Outputs that would look
+        across a sequence's beginning are those of its first `reach` rows, which nobody asks for.
+        """
+        reach = self.config.reach
+        behind = [
+            preceded(seen, count + reach)
+            for seen, count in zip(step.append(self.index, "query_key", rows), step.counts, strict=True)
+        ]
+        lengths = [len(sequence) for sequence in behind]
+        laid = torch.cat(behind).T[None]
+        y = F.pad(self.conv_grouped(self.conv_depthwise(laid)), (reach, 0))[0].T
+        return torch.cat([sequence[reach:] for sequence in y.split(lengths)])
+
+    def _value(self, x: Float[Tensor, "T C"], step: "Step") -> Float[Tensor, "T KD"]:
+        """Half the channels from the token itself, half from the one before it in its sequence."""
+        seen = step.append(self.index, "delayed_value", self.v_proj_delayed(x))
+        nothing = self.v_proj_delayed.bias  # what the projection makes of the zeros before a sequence's beginning
+        before = [preceded(rows, count + 1, nothing)[:-1] for rows, count in zip(seen, step.counts, strict=True)]
+        return torch.cat([self.v_proj_current(x), torch.cat(before)], dim=1)
+
+
+def preceded(
+    seen: Float[Tensor, "S width"], count: int, nothing: Float[Tensor, " width"] | None = None
+) -> Float[Tensor, "count width"]:
+    """The last `count` of the rows seen; before the beginning stand rows of `nothing`, zeros without it."""
+    missing = count - len(seen)
+    if missing <= 0:
+        return seen[-count:]
+    if nothing is None:
+        return F.pad(seen, (0, 0, missing, 0))
+    return torch.cat([nothing.expand(missing, -1), seen])
+
+
+def normalised(x: Float[Tensor, "T heads D"]) -> Float[Tensor, "T heads D"]:
+    """Every head at the L2 norm sqrt(D)."""
+    return x * (x.shape[-1] ** 0.5 / x.norm(dim=-1, keepdim=True).clamp_min(torch.finfo(x.dtype).eps))

@@ -1,0 +1,150 @@
+"""Hyper-connections: a residual of several streams, read and mixed by weights that depend on the token.
+
+With N streams h (N, C) of a token, flattened and normalised to x = h / rms(h) of N * C channels:
+
+    pre, post, mix = split(scale * (W x) + base)             N, N and N x N numbers, fp32
+    pre = sigmoid(pre) + eps,  post = 2 sigmoid(post),  mix = sinkhorn(mix)
+    block input     = sum_j pre_j h_j
+    new stream k    = post_k * block output + sum_j mix[j, k] h_j
+    before the head = sum_j (sigmoid(scale * (W' x)_j + base_j) + eps) h_j
+
+Sinkhorn makes `mix` doubly stochastic: softmax over the last dimension, + eps, then columns and rows divided by their
+sums in turn, columns first and last. Mixing then can neither blow up nor die out through any number of layers
+(manifold-constrained hyper-connections, mHC; Xie et al. 2025, arXiv 2512.24880, section 4; DeepSeek V4, arXiv
+2606.19348, section 2.2). Without the constraint (`constrained` false, mix as it is) these are the hyper-connections
+of Zhu et al. 2024, arXiv 2409.19606, with mHC's way of making the weights: for comparison.
+
+What people get wrong: the direction of `mix` (it is not symmetric, the sum is over its first index), and the order of
+columns and rows.
+"""
+
+from typing import ClassVar, Literal, NamedTuple
+
+import torch
+from jaxtyping import Float
+from pydantic import PositiveFloat, PositiveInt
+from torch import Tensor, nn
+
+from kvell.layers.part import Part, Site
+from kvell.layers.precision import KeepsFp32
+
+
+class HyperConnections(Part):
+    """`streams` residual streams; `iterations` of Sinkhorn, the softmax being the first half of the first."""
+
+    kind: Literal["hyper"] = "hyper"
+    streams: PositiveInt = 4
+    iterations: PositiveInt = 20
+    eps: PositiveFloat = 1e-6
+    constrained: bool = True
+
+    def build(self, site: Site, block: int) -> "HyperConnection":
+        return HyperConnection(self, site, block)
+
+    def build_ends(self, site: Site) -> "HyperEnds":
+        return HyperEnds(self, site)
+
+    def describe(self) -> str:
+        return f"{self.streams} hyper-connected streams" + ("" if self.constrained else ", unconstrained")
+
+
+class Reading(NamedTuple):
+    """How a block's output and the streams come together."""
+
+    post: Float[Tensor, "T N"]
+    mix: Float[Tensor, "T N N"]
+
+
+class HyperConnection(KeepsFp32):
+    """One block's connection. Rows of `weight`: N for pre, N for post, N x N for mix."""
+
+    fp32: ClassVar[tuple[str, ...]] = ("weight", "base", "scale")
+
+    def __init__(self, config: HyperConnections, site: Site, block: int) -> None:
+        super().__init__()
+        self.config, self.norm_eps, self.block = config, site.norm_eps, block
+        streams = config.streams
+        self.weight = nn.Parameter(
+            torch.empty((2 + streams) * streams, streams * site.hidden_size, dtype=torch.float32)
+        )
+        self.base = nn.Parameter(torch.zeros((2 + streams) * streams, dtype=torch.float32))
+        self.scale = nn.Parameter(torch.ones(3, dtype=torch.float32))
+
+    def read(self, h: Float[Tensor, "T N C"]) -> tuple[Float[Tensor, "T C"], Reading]:
+        """The block's input, and what `write` needs to know of this reading."""
+        streams = self.config.streams
+        numbers = nn.functional.linear(flat_norm(h, self.norm_eps), self.weight)
+        pre, post, mix = (
+            part * scale + base
+            for part, scale, base in zip(
+                numbers.split([streams, streams, streams**2], dim=-1),
+                self.scale,
+                self.base.split([streams, streams, streams**2]),
+                strict=True,
+            )
+        )
+        mix = mix.unflatten(-1, (streams, streams))
+        if self.config.constrained:
+            mix = sinkhorn(mix, self.config.iterations, self.config.eps)
+        return collapse(pre.sigmoid() + self.config.eps, h), Reading(2 * post.sigmoid(), mix)
+
+    def write(self, h: Float[Tensor, "T N C"], y: Float[Tensor, "T C"], reading: Reading) -> Float[Tensor, "T N C"]:
+        placed = reading.post[:, :, None] * y.float()[:, None]
+        return placed.baddbmm(reading.mix.transpose(1, 2), h.float()).to(h.dtype)
+
+    def init_parameters(self) -> None:
+        """The training initialisation of mHC (arXiv 2512.24880, appendix A.6): small gating scales, and a base with
+        which each block reads mostly one stream, its home, and writes to all: a plain residual to begin with."""
+        streams = self.config.streams
+        self.scale.fill_(0.01)
+        self.base.zero_()
+        self.base[:streams] = -3.0
+        self.base[self.block % streams] = 3.0
+        identity = torch.eye(streams, device=self.base.device).flatten()
+        self.base[2 * streams :] = 6 * identity - 3 if self.config.constrained else identity
+
+
+class HyperEnds(KeepsFp32):
+    """Every stream begins as the embedded token; the last norm sees a weighted sum of them."""
+
+    fp32: ClassVar[tuple[str, ...]] = ("weight", "base", "scale")
+
+    def __init__(self, config: HyperConnections, site: Site) -> None:
+        super().__init__()
+        self.config, self.norm_eps = config, site.norm_eps
+        streams = config.streams
+        self.weight = nn.Parameter(torch.empty(streams, streams * site.hidden_size, dtype=torch.float32))
+        self.base = nn.Parameter(torch.zeros(streams, dtype=torch.float32))
+        self.scale = nn.Parameter(torch.ones(1, dtype=torch.float32))
+
+    def open(self, x: Float[Tensor, "T C"]) -> Float[Tensor, "T N C"]:
+        return x[:, None].repeat(1, self.config.streams, 1)
+
+    def close(self, h: Float[Tensor, "T N C"]) -> Float[Tensor, "T C"]:
+        numbers = nn.functional.linear(flat_norm(h, self.norm_eps), self.weight)
+        return collapse((numbers * self.scale + self.base).sigmoid() + self.config.eps, h)
+
+    def init_parameters(self) -> None:
+        self.scale.fill_(0.01)
+        self.base.zero_()
+
+
+def sinkhorn(logits: Float[Tensor, "T N N"], iterations: int, eps: float) -> Float[Tensor, "T N N"]:
+    """Matrices whose rows and columns sum to 1: softmax of each row, then columns and rows in turn."""
+    mix = logits.softmax(-1) + eps
+    mix = mix / (mix.sum(-2, keepdim=True) + eps)
+    for _ in range(iterations - 1):
+        mix = mix / (mix.sum(-1, keepdim=True) + eps)
+        mix = mix / (mix.sum(-2, keepdim=True) + eps)
+    return mix
+
+
+def flat_norm(h: Float[Tensor, "T N C"], eps: float) -> Float[Tensor, "T NC"]:
+    """All streams of a token as one vector of unit mean square, fp32."""
+    flat = h.flatten(1).float()
+    return nn.functional.rms_norm(flat, (flat.shape[-1],), eps=eps)
+
+
+def collapse(weights: Float[Tensor, "T N"], h: Float[Tensor, "T N C"]) -> Float[Tensor, "T C"]:
+    """The weighted sum of the streams, in their dtype."""
+    return (weights[:, None] @ h.float()).squeeze(1).to(h.dtype)

@@ -1,0 +1,25 @@
+"""Parameters that stay fp32 whatever dtype the model is moved to."""
+
+from collections.abc import Callable
+from typing import ClassVar, Self
+
+import torch
+from torch import Tensor, nn
+
+
+class KeepsFp32(nn.Module):
+    """A module whose parameters and buffers named in `fp32` keep that dtype through `.to(bfloat16)` and the like.
+
+    They are few and small, and rounding them would change which expert is chosen or how streams are mixed.
+    """
+
+    fp32: ClassVar[tuple[str, ...]] = ()
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
+        before = {name: getattr(self, name).data for name in self.fp32}
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        for name, values in before.items():
+            parameter = getattr(self, name)
+            if parameter.dtype != torch.float32:
+                parameter.data = values.to(parameter.device)
+        return self

@@ -1,0 +1,210 @@
+"""Routers: which experts a token takes, and with what weight.
+
+    sigmoid        scores = sigmoid(Wr x); choose by score + a bias learnt outside the loss (selection only; Wang et
+                   al. 2024, arXiv 2408.15664); weights = the unbiased scores / their sum (Laguna, DeepSeek V3)
+    sqrt_softplus  the same with scores = sqrt(softplus(Wr x)) (DeepSeek V4, arXiv 2606.19348, section 2.1)
+    hash           a table names each token id's experts, Wr only weighs them (DeepSeek V4's first layers; Roller et
+                   al. 2021, arXiv 2106.04426)
+    softmax        probabilities = softmax(Wr (norm(x) * scale / sqrt(C))); weights = the chosen / their sum * a
+                   scale per expert (Gemma 4)
+    mlp            state = Wd x + b + (an earlier layer's state) * scale; probabilities = softmax(MLP(norm(state)));
+                   choose by probability + bias, weights = the unbiased probabilities as they are (ZAYA1, arXiv
+                   2605.05365). With a skip expert there is one class more, which computes nothing.
+
+Scores are fp32. Of equal scores the expert of the lowest index is chosen. What people get wrong: weighting by the
+biased score; normalising a single probability to 1.
+
+A router is built with the mixture's number of experts E and top_k k. It returns the weights (T, k) and the experts
+(T, k), where E stands for none.
+"""
+
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Annotated, ClassVar, Literal
+
+import torch
+from jaxtyping import Float, Int
+from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveInt
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from kvell.kernels.top_k import top_k_lowest_first
+from kvell.layers.norms import RMSNorm
+from kvell.layers.part import Part, Site
+from kvell.layers.precision import KeepsFp32
+
+if TYPE_CHECKING:
+    from kvell.step import Step
+
+ROUTER_STATE = "router_state"
+
+SCORES: dict[str, Callable[[Tensor], Tensor]] = {
+    "sigmoid": torch.sigmoid,
+    "sqrt_softplus": lambda logits: F.softplus(logits).sqrt(),
+}
+
+
+class SigmoidRouter(Part):
+    """Independent scores with a selection bias; `logit_softcap` 0 means none."""
+
+    kind: Literal["sigmoid"] = "sigmoid"
+    logit_softcap: NonNegativeFloat = 0.0
+
+    def build(self, site: Site, num_experts: int, top_k: int) -> nn.Module:
+        return ScoreRouting(site, num_experts, top_k, SCORES["sigmoid"], self.logit_softcap)
+
+
+class SqrtSoftplusRouter(Part):
+    """Independent scores that are not bounded above, with a selection bias."""
+
+    kind: Literal["sqrt_softplus"] = "sqrt_softplus"
+
+    def build(self, site: Site, num_experts: int, top_k: int) -> nn.Module:
+        return ScoreRouting(site, num_experts, top_k, SCORES["sqrt_softplus"])
+
+
+class HashRouter(Part):
+    """Experts by token id; `score` says how the chosen ones are weighed."""
+
+    kind: Literal["hash"] = "hash"
+    score: Literal["sqrt_softplus", "sigmoid"] = "sqrt_softplus"
+
+    def build(self, site: Site, num_experts: int, top_k: int) -> nn.Module:
+        return HashRouting(site, num_experts, top_k, SCORES[self.score])
+
+
+class SoftmaxRouter(Part):
+    """Softmax over all experts of the normalised, scaled input."""
+
+    kind: Literal["softmax"] = "softmax"
+
+    def build(self, site: Site, num_experts: int, top_k: int) -> nn.Module:
+        return SoftmaxRouting(site, num_experts, top_k)
+
+
+class MLPRouter(Part):
+    """A small network with a state of `hidden_size` channels; with `state_source` that layer's state is added.
+
+    `skip_expert` adds a class that computes nothing: its output is the probability times the mixture's input
+    ("identity", as the released ZAYA1 weights were trained) or zero ("zero", as transformers 5.23 has it).
+    """
+
+    kind: Literal["mlp"] = "mlp"
+    hidden_size: PositiveInt
+    state_source: NonNegativeInt | None = None
+    skip_expert: Literal["identity", "zero"] | None = None
+
+    def build(self, site: Site, num_experts: int, top_k: int) -> nn.Module:
+        return MLPRouting(self, site, num_experts, top_k)
+
+
+Router = Annotated[
+    SigmoidRouter | SqrtSoftplusRouter | HashRouter | SoftmaxRouter | MLPRouter, Field(discriminator="kind")
+]
+
+
+class ScoreRouting(KeepsFp32):
+    fp32: ClassVar[tuple[str, ...]] = ("selection_bias",)
+
+    def __init__(
+        self,
+        site: Site,
+        num_experts: int,
+        top_k: int,
+        score: Callable[[Tensor], Tensor],
+        softcap: float = 0.0,
+    ) -> None:
+        super().__init__()
+        self.top_k, self.score, self.softcap = top_k, score, softcap
+        self.proj = nn.Linear(site.hidden_size, num_experts, bias=False)
+        # Moved by load balancing, not by the loss.
+        self.selection_bias = nn.Parameter(torch.zeros(num_experts, dtype=torch.float32), requires_grad=False)
+
+    def forward(self, x: Float[Tensor, "T C"], step: "Step") -> tuple[Float[Tensor, "T k"], Int[Tensor, "T k"]]:
+        logits = self.proj(x).float()
+        if self.softcap:
+            logits = torch.tanh(logits / self.softcap) * self.softcap
+        scores = self.score(logits)
+        chosen = top_k_lowest_first(scores + self.selection_bias, self.top_k)
+        return normalised(scores.gather(-1, chosen)).to(x.dtype), chosen
+
+
+class HashRouting(nn.Module):
+    """`table` (V, k) names each token id's experts. A fresh one deals them out in turn; released models bring
+    theirs."""
+
+    def __init__(self, site: Site, num_experts: int, top_k: int, score: Callable[[Tensor], Tensor]) -> None:
+        super().__init__()
+        self.num_experts, self.score = num_experts, score
+        self.proj = nn.Linear(site.hidden_size, num_experts, bias=False)
+        self.table: Tensor
+        self.register_buffer("table", torch.arange(site.vocab_size * top_k).view(-1, top_k) % num_experts)
+
+    def forward(self, x: Float[Tensor, "T C"], step: "Step") -> tuple[Float[Tensor, "T k"], Int[Tensor, "T k"]]:
+        scores = self.score(self.proj(x).float())
+        chosen = self.table[step.tokens]
+        return normalised(scores.gather(-1, chosen)).to(x.dtype), chosen
+
+    def check_loaded(self, name: str, values: Tensor) -> str | None:
+        """What is wrong with a table read from a file, if anything."""
+        if name != "table":
+            return None
+        low, high = (int(value) for value in values.aminmax())
+        if low < 0 or high >= self.num_experts:
+            return f"names expert {low if low < 0 else high}, and there are {self.num_experts}"
+        return None
+
+
+class SoftmaxRouting(nn.Module):
+    def __init__(self, site: Site, num_experts: int, top_k: int) -> None:
+        super().__init__()
+        self.top_k = top_k
+        self.norm = RMSNorm(site.hidden_size, site.norm_eps, weighted=False)
+        self.scale = nn.Parameter(torch.ones(site.hidden_size))
+        self.proj = nn.Linear(site.hidden_size, num_experts, bias=False)
+        self.expert_scale = nn.Parameter(torch.ones(num_experts))
+
+    def forward(self, x: Float[Tensor, "T C"], step: "Step") -> tuple[Float[Tensor, "T k"], Int[Tensor, "T k"]]:
+        logits = self.proj(self.norm(x) * self.scale * x.shape[-1] ** -0.5)
+        probabilities = logits.softmax(-1, dtype=torch.float32)
+        chosen = top_k_lowest_first(probabilities, self.top_k)
+        weights = normalised(probabilities.gather(-1, chosen)) * self.expert_scale[chosen]
+        return weights.to(x.dtype), chosen
+
+
+class MLPRouting(KeepsFp32):
+    fp32: ClassVar[tuple[str, ...]] = ("selection_bias",)
+
+    def __init__(self, config: MLPRouter, site: Site, num_experts: int, top_k: int) -> None:
+        super().__init__()
+        self.config, self.index, self.top_k = config, site.index, top_k
+        width, classes = config.hidden_size, num_experts + (config.skip_expert is not None)
+        self.down_proj = nn.Linear(site.hidden_size, width)
+        if config.state_source is not None:
+            self.state_scale = nn.Parameter(torch.ones(width))
+        self.norm = RMSNorm(width, site.norm_eps)
+        self.fc1, self.fc2 = nn.Linear(width, width), nn.Linear(width, width)
+        self.out_proj = nn.Linear(width, classes, bias=False)
+        # Moved by load balancing, not by the loss; a buffer, as in the released model's count of parameters.
+        self.selection_bias: Tensor
+        self.register_buffer("selection_bias", torch.zeros(classes, dtype=torch.float32))
+
+    def forward(self, x: Float[Tensor, "T C"], step: "Step") -> tuple[Float[Tensor, "T k"], Int[Tensor, "T k"]]:
+        state = self.down_proj(x)
+        if self.config.state_source is not None:
+            state = state + step.rows_left_by(self.config.state_source, ROUTER_STATE) * self.state_scale
+        step.leave(self.index, ROUTER_STATE, state)
+        hidden = F.gelu(self.fc2(F.gelu(self.fc1(self.norm(state)))))
+        probabilities = self.out_proj(hidden).softmax(-1, dtype=torch.float32)
+        chosen = top_k_lowest_first(probabilities + self.selection_bias, self.top_k)
+        return probabilities.gather(-1, chosen).to(x.dtype), chosen
+
+    def init_parameters(self) -> None:
+        """The skip expert starts out of reach."""
+        self.selection_bias.zero_()
+        if self.config.skip_expert is not None:
+            self.selection_bias[-1] = -1.0
+
+
+def normalised(scores: Float[Tensor, "T k"]) -> Float[Tensor, "T k"]:
+    """Each token's scores over their sum; all zero where that has underflowed."""
+    return scores / (scores.sum(-1, keepdim=True) + 1e-20)
