@@ -2,10 +2,11 @@
 
 import sys
 import time
-from collections.abc import Sequence
-from dataclasses import dataclass, field
+from collections.abc import Container, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 import pytest
 import tokenizers
@@ -23,15 +24,19 @@ class MockConfig:
     max_positions: int = 1000
     bos_token_id: int | None = None
     eos_token_ids: tuple[int, ...] = ()
+    draft: object | None = None
 
 
 @dataclass
 class MockCache:
-    """Remembers every token, and the sizes of the chunks they came in."""
+    """Remembers every token, and the sizes of the chunks they came in. It takes back no more than it may."""
 
-    tokens: list[int] = field(default_factory=list)
+    tokens: list[Any] = field(default_factory=list)
     chunks: list[int] = field(default_factory=list)
     batch_size: int = 1
+    max_rewind: int = 0
+    max_length: int | None = None
+    rewindable: int = 0
 
     @property
     def lengths(self) -> list[int]:
@@ -40,6 +45,17 @@ class MockCache:
     @property
     def nbytes(self) -> int:
         return 2 * len(self.tokens)
+
+    def add(self, tokens: list[Any]) -> None:
+        self.tokens += tokens
+        self.chunks.append(len(tokens))
+        self.rewindable = min(self.max_rewind, self.rewindable + len(tokens))
+        assert self.max_length is None or len(self.tokens) <= self.max_length, "more than the cache was made for"
+
+    def rewind(self, tokens: int) -> None:
+        assert 0 < tokens <= self.rewindable, "no more than that can be taken back"
+        del self.tokens[-tokens:]
+        self.rewindable -= tokens
 
 
 class MockModel(nn.Module):
@@ -65,18 +81,61 @@ class MockModel(nn.Module):
         self.dtype = torch.float32
 
     def make_cache(self, batch_size: int = 1, max_rewind: int = 0, max_length: int | None = None) -> MockCache:
-        return MockCache(batch_size=batch_size)
+        return MockCache(batch_size=batch_size, max_rewind=max_rewind, max_length=max_length)
 
     def forward(self, tokens: Tensor, cache: MockCache, last_only: bool = False) -> Tensor:
-        assert last_only, "generation needs the last token's logits only"
+        assert last_only or (cache.max_rewind and tokens.shape[1] > 1), "only drafts need more than the last logits"
         time.sleep(self.delay)
-        cache.tokens += tokens[0].tolist()
-        cache.chunks.append(tokens.shape[1])
-        said = len(cache.tokens) - self.prompt_length
+        before = len(cache.tokens)
+        cache.add(tokens[0].tolist())
+        ends = range(before + 1, len(cache.tokens) + 1)
+        return torch.stack([self.logits(cache.tokens[:end]) for end in (ends[-1:] if last_only else ends)])[None]
+
+    def logits(self, tokens: Sequence[int]) -> Tensor:
+        """Of the token after these."""
+        said = len(tokens) - self.prompt_length
         if 0 <= said < len(self.script):
-            return nn.functional.one_hot(torch.tensor([[self.script[said]]]), self.config.vocab_size).float()
-        generator = torch.Generator().manual_seed(hash(tuple(cache.tokens)) % 2**63)
-        return torch.randn(1, 1, self.config.vocab_size, generator=generator)
+            return nn.functional.one_hot(torch.tensor(self.script[said]), self.config.vocab_size).float()
+        generator = torch.Generator().manual_seed(hash(tuple(tokens)) % 2**63)
+        return torch.randn(self.config.vocab_size, generator=generator)
+
+
+class MockDraftingModel(MockModel):
+    """Its draft block knows what the model would say, and says something else at the positions in `wrong`.
+
+    A position's streams are (position, token, 0), and (position, token, 1) where the block's own stand in for them.
+    The block remembers the pairs it was given and refuses any that does not continue them.
+    """
+
+    def __init__(self, config: MockConfig, wrong: Container[int] = (), **options: Any) -> None:
+        super().__init__(replace(config, draft="a block"), **options)
+        self.wrong = wrong
+        self.draft_cache = MockCache()
+
+    def make_draft_cache(self, batch_size: int = 1, max_rewind: int = 0, max_length: int | None = None) -> MockCache:
+        self.draft_cache = self.make_cache(batch_size, max_rewind, max_length)
+        return self.draft_cache
+
+    def forward(self, tokens: Tensor, cache: MockCache, last_only: bool = False, return_streams: bool = False) -> Any:
+        before = len(cache.tokens)
+        logits = super().forward(tokens, cache, last_only)
+        rows = [[before + index, token, 0] for index, token in enumerate(tokens[0].tolist())]
+        return (logits, torch.tensor([rows])) if return_streams else logits
+
+    def draft(self, streams: Tensor, next_tokens: Tensor, cache: MockCache) -> tuple[Tensor, Tensor]:
+        assert cache is self.draft_cache
+        assert streams.shape == (*next_tokens.shape, 3)
+        rows, logits, own = [*cache.tokens], [], []
+        for (position, token, stand_in), following in zip(streams[0].tolist(), next_tokens[0].tolist(), strict=True):
+            assert position == len(rows), "every position once and in order"
+            assert not rows or rows[-1][1] == token, "streams of the token that the row before was told comes next"
+            assert stand_in or not any(row[2] for row in rows), "rows with its own streams were to be taken back"
+            rows.append((token, following, stand_in))
+            row = self.logits([row[0] for row in rows] + [following])
+            logits.append(row.roll(1) if position + 2 in self.wrong else row)
+            own.append([position + 1, following, 1])
+        cache.add(rows[len(cache.tokens) :])
+        return torch.stack(logits)[None], torch.tensor([own])
 
 
 def byte_level_backend(added: Sequence[str] = ()) -> tokenizers.Tokenizer:

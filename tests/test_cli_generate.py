@@ -82,6 +82,8 @@ def test_json_is_one_object_and_nothing_else(directory: Path, capsys: pytest.Cap
         "token_ids": ids,
         "text": ANSWER,
         "finish_reason": "eos",
+        "speculate": "off",
+        "accepted_length": None,
         "cache_bytes": 2 * held,
         "full_attention_bytes": 1000 * held,
     }
@@ -106,6 +108,44 @@ def test_a_single_token_has_no_decode_rate(directory: Path, capsys: pytest.Captu
     assert re.search(r"decode +-\n", capsys.readouterr().err)
 
 
+def test_speculation_reports_how_many_tokens_a_step_gave(
+    directory: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    ids = TOKENIZER.encode(ANSWER)
+    # The prompt ends as it begins, and what followed its beginning is the answer.
+    prompt = PROMPT + ANSWER + PROMPT
+    model = answering()
+    model.prompt_length = len(TOKENIZER.encode(prompt))
+    install(monkeypatch, model, directory)
+    steps: list[int] = []
+    model.register_forward_pre_hook(lambda _, inputs: steps.append(inputs[0].shape[1]))
+    arguments = ["generate", str(directory), "--prompt", prompt, "--speculate", "lookup", "--drafts", "4"]
+    assert main([*arguments, "--json"]) == 0
+    report = json.loads(capsys.readouterr().out)
+    decoding = steps[1:]
+    assert max(decoding) == 5, "the last token and four drafts"
+    assert report["token_ids"] == [*ids, 1]
+    assert (report["speculate"], report["accepted_length"]) == ("lookup", len(ids) / len(decoding))
+    assert 2 < report["accepted_length"] <= 5
+    assert main(arguments) == 0
+    out, err = capsys.readouterr()
+    assert out == ANSWER + "\n"
+    assert re.search(rf"accepted length +{report['accepted_length']:.2f} tokens/step\n", err)
+
+
+def test_a_single_token_has_no_accepted_length(directory: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    arguments = ["generate", str(directory), "--prompt", PROMPT, "--speculate", "lookup", "--max-new-tokens", "1"]
+    assert main([*arguments, "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["accepted_length"] is None
+    assert main(arguments) == 0
+    assert re.search(r"accepted length +-\n", capsys.readouterr().err)
+
+
+def test_a_table_without_speculation_says_nothing_of_it(directory: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["generate", str(directory), "--prompt", PROMPT]) == 0
+    assert "accepted" not in capsys.readouterr().err
+
+
 def test_options_reach_the_generation(
     directory: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -120,10 +160,11 @@ def test_options_reach_the_generation(
 
     monkeypatch.setattr(kvell.generation, "generate", spy)
     options = "--max-new-tokens 9 --temperature 0.5 --top-k 4 --top-p 0.9 --min-p 0.1 --seed 3 --stop on --stop at"
+    options += " --speculate lookup --drafts 5"
     assert main(["generate", str(directory), "--prompt", PROMPT, *options.split()]) == 0
     expected = {
         "max_new_tokens": 9, "temperature": 0.5, "top_k": 4, "top_p": 0.9, "min_p": 0.1, "seed": 3,
-        "stop": ["on", "at"],
+        "stop": ["on", "at"], "speculate": "lookup", "num_drafts": 5,
     }  # fmt: skip
     assert {name: seen[name] for name in expected} == expected
 
@@ -205,6 +246,9 @@ def refused(arguments: Sequence[str], capsys: pytest.CaptureFixture[str]) -> str
         (["--prompt", "a", "--top-p", "0"], "top_p 0.0 is not"),
         (["--prompt", "a", "--max-new-tokens", "0"], "max_new_tokens 0 is less than 1"),
         (["--prompt", "a", "--stop", ""], "a stop string is empty"),
+        (["--prompt", "a", "--drafts", "2"], "2 drafts are asked for, but speculate is off"),
+        (["--prompt", "a", "--speculate", "lookup", "--drafts", "0"], "the number of drafts, 0, is less than 1"),
+        (["--prompt", "a", "--speculate", "mtp"], 'speculate="mtp" needs a model with a draft block'),
     ],
     ids=lambda value: " ".join(value).encode(errors="replace").decode() if isinstance(value, list) else "",
 )
@@ -244,7 +288,13 @@ def test_an_error_of_several_lines_becomes_one(
 
 
 @pytest.mark.parametrize(
-    "arguments", [["generate", "--no-such-option"], ["no-such-command"], ["generate", "a", "b", "c"]]
+    "arguments",
+    [
+        ["generate", "--no-such-option"],
+        ["no-such-command"],
+        ["generate", "a", "b", "c"],
+        ["generate", "--speculate", "fast"],
+    ],
 )
 def test_wrong_usage_is_one_line_and_exit_code_2(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> None:
     assert main(arguments) == 2

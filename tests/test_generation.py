@@ -49,10 +49,10 @@ def test_a_piece_is_its_token_and_more() -> None:
     (piece,) = generate(MockModel(MockConfig(), [7], len(PROMPT)), PROMPT, max_new_tokens=1)
     assert piece == 7
     assert {7: "seven"}[piece] == "seven"
-    assert (piece.text, piece.finish_reason) == ("", "length")
-    assert repr(piece) == "Piece(7, text='', finish_reason='length')"
-    copy = pickle.loads(pickle.dumps(piece))
-    assert (copy, copy.text, copy.finish_reason) == (7, "", "length")
+    assert (piece.text, piece.finish_reason, piece.drafted) == ("", "length", False)
+    assert repr(piece) == "Piece(7, text='', finish_reason='length', drafted=False)"
+    copy = pickle.loads(pickle.dumps(Piece(7, "seven", "length", drafted=True)))
+    assert (copy, copy.text, copy.finish_reason, copy.drafted) == (7, "seven", "length", True)
 
 
 def test_a_real_model_says_what_its_whole_forward_says() -> None:
@@ -196,6 +196,15 @@ WRONG_CALLS: dict[str, tuple[Any, dict[str, Any], str]] = {
     "stop without tokenizer": (PROMPT, {"stop": ["END"]}, "stop strings need a tokenizer"),
     "empty stop": (PROMPT, {"stop": ["END", ""], "tokenizer": TOKENIZER}, "a stop string is empty"),
     "batch cache": (PROMPT, {"cache": MockCache(batch_size=2)}, "the cache holds 2 sequences"),
+    "speculate": (PROMPT, {"speculate": "fast"}, "speculate fast is unknown: use one of off, lookup, mtp"),
+    "num_drafts": (PROMPT, {"speculate": "lookup", "num_drafts": 0}, "the number of drafts, 0, is less than 1"),
+    "drafts nobody makes": (PROMPT, {"num_drafts": 3}, "3 drafts are asked for, but speculate is off"),
+    "cache that cannot go back": (
+        PROMPT,
+        {"speculate": "lookup", "cache": MockCache(max_rewind=7)},
+        "the cache was made with max_rewind=7, and 8 drafts a step need max_rewind=8",
+    ),
+    "no draft block": (PROMPT, {"speculate": "mtp"}, 'needs a model with a draft block.*"lookup" works for every'),
 }
 
 

@@ -24,7 +24,7 @@ from strategies import (
 )
 from torch import Tensor
 
-from kvell import Cache, Decoder, ModelConfig, kernels, layers
+from kvell import Cache, Decoder, ModelConfig, generate, kernels, layers
 from kvell.layers import routers
 
 # A failing model is small already: shrinking it further would take minutes.
@@ -209,6 +209,21 @@ def test_reference_kernels_agree_with_the_fast_ones(config: ModelConfig, seed: i
     with kernels.use("reference"):
         reference = in_chunks(model, model.make_cache(2), tokens, sizes)
     assert_same(fast, reference)
+
+
+@DRAWN
+@given(config=CONFIGS, seed=SEEDS, drafts=st.integers(1, 6))
+def test_speculation_gives_the_very_tokens_of_plain_decoding(config: ModelConfig, seed: int, drafts: int) -> None:
+    model, prompt = random_model(config, seed), draw_tokens(seed, 19).tolist() * 2
+    plain = [int(piece) for piece in generate(model, prompt, max_new_tokens=24)]
+    ways = ["lookup"] if model.draft_block is None else ["lookup", "mtp"]
+    for way in ways:
+        cache = model.make_cache(max_rewind=drafts)
+        pieces = generate(model, prompt, max_new_tokens=24, speculate=way, num_drafts=drafts, cache=cache)  # type: ignore[arg-type]
+        assert [int(piece) for piece in pieces] == plain, way
+        assert cache.lengths == [len(prompt) + 23]
+        following = model(torch.tensor([plain[-1:]]), cache=cache)[0, -1]
+        assert_same(following, alone(model, torch.tensor(prompt + plain))[-1])
 
 
 def loss_of_all_parts(model: Decoder, tokens: Tensor) -> Tensor:

@@ -12,6 +12,7 @@ if TYPE_CHECKING:
 class GenerationReport:
     """The result of `kvell generate`. Rates are None where a single token leaves nothing to measure.
 
+    `accepted_length` is how many tokens a step of the model gave, None without speculation.
     `full_attention_bytes` is what a cache of every layer's own keys and values would hold for as many tokens.
     """
 
@@ -23,6 +24,8 @@ class GenerationReport:
     seconds_to_first_token: float
     prefill_tokens_per_second: float
     decode_tokens_per_second: float | None
+    speculate: str
+    accepted_length: float | None
     cache_bytes: int
     full_attention_bytes: int
 
@@ -33,7 +36,7 @@ class GenerationReport:
         from rich.filesize import decimal
         from rich.table import Table
 
-        rate = self.decode_tokens_per_second
+        rate, length = self.decode_tokens_per_second, self.accepted_length
         table = Table(box=None, show_header=False, pad_edge=False)
         table.add_column(style="dim")
         table.add_column(justify="right")
@@ -42,6 +45,8 @@ class GenerationReport:
         table.add_row("time to first token", f"{self.seconds_to_first_token:.2f} s")
         table.add_row("prefill", f"{self.prefill_tokens_per_second:.1f} tokens/s")
         table.add_row("decode", "-" if rate is None else f"{rate:.1f} tokens/s")
+        if self.speculate != "off":
+            table.add_row("accepted length", "-" if length is None else f"{length:.2f} tokens/step")
         table.add_row("cache", decimal(self.cache_bytes))
         table.add_row("full attention would hold", decimal(self.full_attention_bytes))
         return table

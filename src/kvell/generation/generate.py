@@ -5,12 +5,13 @@ from collections.abc import Callable, Generator, Sequence
 from typing import Literal
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Int
 from torch import Tensor
 
 from kvell.errors import InputError
 from kvell.generation.interface import LanguageModel, LanguageModelConfig, SequenceCache
 from kvell.generation.sampling import Sampler, SamplingSettings
+from kvell.generation.speculation import Reader, Speculate, SpeculationSettings
 from kvell.generation.text import Transcript
 from kvell.generation.tokenizer import Tokenizer
 
@@ -21,20 +22,37 @@ class Piece(int):
     """A generated token's id, with the text it released.
 
     `text` is empty while a character is unfinished or a stop string may have begun: later pieces bring it. It
-    is always empty without a tokenizer. `finish_reason` is None on all pieces but the last.
+    is always empty without a tokenizer. `finish_reason` is None on all pieces but the last. `drafted` says whether
+    speculation had proposed the token: then it cost no step of the model.
     """
 
     text: str
     finish_reason: FinishReason | None
+    drafted: bool
 
-    def __new__(cls, token_id: int, text: str = "", finish_reason: FinishReason | None = None) -> "Piece":
+    def __new__(
+        cls, token_id: int, text: str = "", finish_reason: FinishReason | None = None, drafted: bool = False
+    ) -> "Piece":
         piece = super().__new__(cls, token_id)
         piece.text = text
         piece.finish_reason = finish_reason
+        piece.drafted = drafted
         return piece
 
     def __repr__(self) -> str:
-        return f"Piece({int(self)}, text={self.text!r}, finish_reason={self.finish_reason!r})"
+        fields = f"text={self.text!r}, finish_reason={self.finish_reason!r}, drafted={self.drafted}"
+        return f"Piece({int(self)}, {fields})"
+
+
+def accepted_length(pieces: Sequence[Piece]) -> float | None:
+    """Tokens per step of the model, the prompt and the token it gave apart; None where no other came.
+
+    Every step ends with a token that was not drafted, unless the text ends before.
+    """
+    decoded = pieces[1:]
+    if not decoded:
+        return None
+    return len(decoded) / (sum(not piece.drafted for piece in decoded) + decoded[-1].drafted)
 
 
 def generate(
@@ -51,6 +69,8 @@ def generate(
     cache: SequenceCache | None = None,
     prefill_chunk: int = 2048,
     on_prefill: Callable[[int], None] | None = None,
+    speculate: Speculate = "off",
+    num_drafts: int | None = None,
 ) -> Generator[Piece, None, None]:
     """Yields the tokens that follow a prompt (ids, or a tensor of them of shape (T,)) as they are chosen.
 
@@ -62,11 +82,18 @@ def generate(
     last token yielded, which the model has not been given yet. The prompt is fed `prefill_chunk` tokens at a
     time, and `on_prefill` is told after each chunk how many have been fed.
 
+    With `speculate` up to `num_drafts` tokens are guessed and then verified in one step, which gives the same text in
+    less time: by "lookup" of what followed the last tokens before, in the prompt given and the text (8 drafts; for
+    every model), or by the model's own draft block, "mtp" (3 drafts). A `cache` must then have been made with
+    `max_rewind` of at least as many, and be empty for "mtp". It may be ahead of the tokens yielded, until the last
+    one comes or the generator is closed. `kvell.generation.speculation` says more.
+
     Raises InputError at once for a prompt or setting the model cannot take, and warns where the text may grow
     past the positions the model was made for.
     """
     stop = (stop,) if isinstance(stop, str) else tuple(stop)
     settings = SamplingSettings(temperature, top_k, top_p, min_p, seed)
+    speculation = SpeculationSettings(speculate, num_drafts)
     if max_new_tokens < 1:
         raise InputError(f"max_new_tokens {max_new_tokens} is less than 1")
     if prefill_chunk < 1:
@@ -76,17 +103,19 @@ def generate(
     if "" in stop:
         raise InputError("a stop string is empty: every text would stop at once")
     prompt = _checked_prompt(prompt_ids, model.config.vocab_size)
+    drafter = speculation.make_drafter(model)
     if cache is None:
-        cache = model.make_cache()
+        cache = model.make_cache(max_rewind=speculation.max_drafts)
     if len(cache.lengths) != 1:
         raise InputError(f"the cache holds {len(cache.lengths)} sequences, and generate continues one")
+    speculation.check_cache(cache)
     _warn_of_length(cache.lengths[0] + len(prompt) + max_new_tokens, model.config)
     return _pieces(
-        model,
-        cache,
+        Reader(model, cache, drafter, speculation.max_drafts),
         torch.split(prompt, prefill_chunk),
         Sampler(settings),
         None if tokenizer is None else Transcript(tokenizer, stop),
+        model.config.eos_token_ids,
         max_new_tokens,
         on_prefill,
     )
@@ -118,28 +147,45 @@ def _warn_of_length(length: int, config: LanguageModelConfig) -> None:
 
 
 def _pieces(
-    model: LanguageModel,
-    cache: SequenceCache,
+    reader: Reader,
     chunks: Sequence[Int[Tensor, " _"]],
     sampler: Sampler,
     transcript: Transcript | None,
+    eos_token_ids: tuple[int, ...],
     max_new_tokens: int,
     on_prefill: Callable[[int], None] | None,
 ) -> Generator[Piece, None, None]:
-    logits = _prefill(model, cache, chunks, on_prefill)
-    for count in range(1, max_new_tokens + 1):
-        token = sampler(logits)
-        text, reason = "", _finish_reason(token, count, max_new_tokens, model.config)
-        if transcript is not None:
-            text, reason = _release(transcript, token, reason)
-        yield Piece(token, text, reason)
-        if reason is not None:
-            return
-        logits = _next_logits(model, cache, torch.tensor([token]))
+    _prefill(reader, chunks, on_prefill)
+    try:
+        for count in range(1, max_new_tokens + 1):
+            token = sampler(reader.logits)
+            drafted = token == reader.drafted
+            text, reason = "", _finish_reason(token, count, max_new_tokens, eos_token_ids)
+            if transcript is not None:
+                text, reason = _release(transcript, token, reason)
+            if reason is not None or not drafted:
+                reader.drop_drafts()
+            yield Piece(token, text, reason, drafted)
+            if reason is not None:
+                return
+            reader.read_on(token, max_new_tokens - count)
+    finally:
+        reader.drop_drafts()  # also of a text that is left where it is
 
 
-def _finish_reason(token: int, count: int, max_new_tokens: int, config: LanguageModelConfig) -> FinishReason | None:
-    if token in config.eos_token_ids:
+def _prefill(reader: Reader, chunks: Sequence[Int[Tensor, " _"]], on_prefill: Callable[[int], None] | None) -> None:
+    fed = 0
+    for chunk in chunks:
+        reader.read(chunk.tolist())
+        fed += len(chunk)
+        if on_prefill is not None:
+            on_prefill(fed)
+
+
+def _finish_reason(
+    token: int, count: int, max_new_tokens: int, eos_token_ids: tuple[int, ...]
+) -> FinishReason | None:
+    if token in eos_token_ids:
         return "eos"
     return "length" if count == max_new_tokens else None
 
@@ -152,22 +198,3 @@ def _release(transcript: Transcript, token: int, reason: FinishReason | None) ->
     if transcript.stopped:
         return text, "stop"
     return (text + transcript.flush() if reason else text), reason
-
-
-def _prefill(
-    model: LanguageModel,
-    cache: SequenceCache,
-    chunks: Sequence[Int[Tensor, " _"]],
-    on_prefill: Callable[[int], None] | None,
-) -> Float[Tensor, " V"]:
-    fed = 0
-    for chunk in chunks:
-        logits = _next_logits(model, cache, chunk)
-        fed += len(chunk)
-        if on_prefill is not None:
-            on_prefill(fed)
-    return logits
-
-
-def _next_logits(model: LanguageModel, cache: SequenceCache, tokens: Int[Tensor, " T"]) -> Float[Tensor, " V"]:
-    return model(tokens[None].to(model.device), cache=cache, last_only=True)[0, -1]
