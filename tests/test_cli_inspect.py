@@ -78,3 +78,37 @@ def test_an_unknown_name_lists_the_built_in_ones(capsys: pytest.CaptureFixture[s
     code, _, err = run(capsys, "gemma-5")
     assert code == 1
     assert "gemma-4-e2b, gemma-4-e4b, laguna-xs-2.1, laguna-xs.2" in err
+
+
+def test_deepseek_v4_is_resolved_layer_by_layer(capsys: pytest.CaptureFixture[str]) -> None:
+    """The released pattern: two windows, then CSA and HCA in turn; expert choice by hash in the first three."""
+    code, out, err = run(capsys, "deepseek-v4-flash", "--json")
+    assert (code, err) == (0, "")
+    description = json.loads(out)
+    layers = description["layers"]
+    csa, hca = "1 entry per 4 overlapping, top 512", "1 entry per 128"
+    assert [layer["compression"] for layer in layers] == [None, None, *[csa, hca] * 20, csa]
+    assert [index for index, layer in enumerate(layers) if layer["feed_forward"].endswith("(hash)")] == [0, 1, 2]
+    assert layers[0]["rotary"] == "default 10000 of the last 64"
+    assert layers[2]["rotary"] == "yarn 160000 x16 of the last 64"
+    assert description["connection"] == "4 hyper-connected streams"
+    assert description["draft"]["compression"] is None
+    assert description["parameters_by_part"]["draft_block"] == description["draft"]["parameters"]
+    strides = {(stream["name"], stream["stride"]) for stream in description["streams"]}
+    assert {("entry", 4), ("entry", 128), ("index", 4)} <= strides
+
+
+def test_zaya_is_resolved_layer_by_layer(capsys: pytest.CaptureFixture[str]) -> None:
+    code, out, err = run(capsys, "zaya1-8b", "--json")
+    assert (code, err) == (0, "")
+    description = json.loads(out)
+    assert {layer["attention"] for layer in description["layers"]} == {"convolutional"}
+    assert {layer["num_heads"] for layer in description["layers"]} == {8}
+    assert description["draft"] is None
+    kept = {stream["name"]: (stream["width"], stream["past_rows"]) for stream in description["streams"]}
+    assert kept == {
+        "key": (256, None),
+        "value": (256, None),
+        "query_key": (1280, 2),
+        "delayed_value": (128, 1),
+    }

@@ -32,6 +32,7 @@ ratio - 1 of them, or 2 * ratio - 1 with overlap. What people get wrong: the pos
 settings for the window's keys than for the entries in layers that have both, and YaRN's attention factor (1 here).
 """
 
+from functools import partial
 from typing import TYPE_CHECKING, Annotated, ClassVar, Literal, Self
 
 import torch
@@ -150,7 +151,7 @@ class CompressedAttention(KeepsFp32):
 
     def __init__(self, config: Compressed, site: Site) -> None:
         super().__init__()
-        self.config, self.index, self.norm_eps = config, site.index, site.norm_eps
+        self.config, self.index = config, site.index
         hidden, heads, width = site.hidden_size, config.num_heads, config.head_dim
         self.q_a_proj = nn.Linear(hidden, config.query_rank, bias=False)
         self.q_a_norm = RMSNorm(config.query_rank, site.norm_eps)
@@ -166,13 +167,11 @@ class CompressedAttention(KeepsFp32):
         self.compressor = self.indexer = None
         if config.compressor is not None:
             rotary, turned = config.rotary, config.rotary_width
-            rounding = (lambda x: round_unturned(x, turned)) if config.released_rounding else None
+            rounding = partial(round_unturned, turned=turned) if config.released_rounding else None
             self.compressor = EntryCompressor(config.compressor, site, "entry", width, rotary, turned, rounding)
             if config.indexer is not None:
-                rounding = (lambda x: round_fp4(hadamard(x), FP4_BLOCK)) if config.released_rounding else None
-                self.indexer = EntryIndexer(
-                    config.indexer, config.compressor, site, config.query_rank, rotary, turned, rounding
-                )
+                rank, to_index = config.query_rank, round_index if config.released_rounding else None
+                self.indexer = EntryIndexer(config.indexer, config.compressor, site, rank, rotary, turned, to_index)
 
     def forward(self, x: Float[Tensor, "T C"], step: "Step", wanted: "Step | None" = None) -> Float[Tensor, "W C"]:
         """`wanted` narrows the queries to some of the step's tokens: W = T without it."""
@@ -231,3 +230,8 @@ class CompressedAttention(KeepsFp32):
 def round_unturned(rows: Float[Tensor, "_ D"], turned: int) -> Float[Tensor, "_ D"]:
     """Rows whose channels that no rotary embedding turns are rounded to FP8, in blocks."""
     return torch.cat([round_fp8(rows[:, :-turned], FP8_BLOCK), rows[:, -turned:]], dim=1)
+
+
+def round_index(rows: Float[Tensor, "*shape D"]) -> Float[Tensor, "*shape D"]:
+    """The indexer's queries or entries, transformed and rounded to FP4, in blocks."""
+    return round_fp4(hadamard(rows), FP4_BLOCK)

@@ -37,10 +37,12 @@ if TYPE_CHECKING:
 
 ROUTER_STATE = "router_state"
 
-SCORES: dict[str, Callable[[Tensor], Tensor]] = {
-    "sigmoid": torch.sigmoid,
-    "sqrt_softplus": lambda logits: F.softplus(logits).sqrt(),
-}
+
+def sqrt_softplus(logits: Tensor) -> Tensor:
+    return F.softplus(logits).sqrt()
+
+
+SCORES: dict[str, Callable[[Tensor], Tensor]] = {"sigmoid": torch.sigmoid, "sqrt_softplus": sqrt_softplus}
 
 
 class SigmoidRouter(Part):
