@@ -176,7 +176,7 @@ def test_a_stop_string_is_not_shown(directory: Path, capsys: pytest.CaptureFixtu
     assert "(stop)" in err
 
 
-def test_dtype_device_and_threads_are_taken(directory: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_dtype_device_threads_and_rounding_are_taken(directory: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     import torch
 
     import kvell
@@ -187,12 +187,14 @@ def test_dtype_device_and_threads_are_taken(directory: Path, monkeypatch: pytest
     )
     threads: list[int] = []
     monkeypatch.setattr(torch, "set_num_threads", threads.append)
-    options = ["--dtype", "bfloat16", "--device", "cpu", "--threads", "1"]
+    options = ["--dtype", "bfloat16", "--device", "cpu", "--threads", "1", "--released-rounding"]
     assert main(["generate", str(directory), "--prompt", PROMPT, *options]) == 0
-    assert loaded == {"path": directory, "dtype": torch.bfloat16, "device": torch.device("cpu")}
+    device = torch.device("cpu")
+    assert loaded == {"path": directory, "dtype": torch.bfloat16, "device": device, "released_rounding": True}
     assert threads == [1]
     assert main(["generate", str(directory), "--prompt", PROMPT]) == 0
     assert loaded["dtype"] is None, "as stored"
+    assert loaded["released_rounding"] is False
 
 
 # Where the prompt comes from

@@ -56,6 +56,9 @@ def generate(
     drafts: Annotated[
         int | None, typer.Option(help="How many tokens to guess a step at most: 8 by lookup, 3 by mtp without it.")
     ] = None,
+    released_rounding: Annotated[
+        bool, typer.Option("--released-rounding", help="Round what is cached as the released inference code does.")
+    ] = False,
     dtype: Annotated[str | None, typer.Option(help="bfloat16, float32 or float16; as stored without it.")] = None,
     device: Annotated[str, typer.Option(help="The device to run on.")] = "cpu",
     threads: Annotated[int | None, typer.Option(help="CPU threads to compute with.")] = None,
@@ -87,7 +90,9 @@ def generate(
     tokenizer = Tokenizer.from_pretrained(directory)
     prompt_ids = tokenizer.encode(text)
 
-    decoder = kvell.from_pretrained(directory, dtype=torch_dtype, device=torch_device)
+    decoder = kvell.from_pretrained(
+        directory, dtype=torch_dtype, device=torch_device, released_rounding=released_rounding
+    )
     cache = decoder.make_cache(max_rewind=speculation.max_drafts)
     with console.progress("prompt", len(prompt_ids)) as on_prefill:
         started = perf_counter()
