@@ -5,7 +5,8 @@ tested against what others write.
 """
 
 import json
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,18 @@ import torch
 from safetensors.torch import save_file
 from shape_checks import unchecked
 from torch import Tensor, nn
-from transformers import Gemma4ForCausalLM, Gemma4TextConfig, LagunaConfig, LagunaForCausalLM, PreTrainedModel
+from transformers import (
+    DeepseekV4Config,
+    DeepseekV4ForCausalLM,
+    Gemma4ForCausalLM,
+    Gemma4TextConfig,
+    LagunaConfig,
+    LagunaForCausalLM,
+    PreTrainedModel,
+    ZayaConfig,
+    ZayaForCausalLM,
+)
+from transformers.models.zaya.modeling_zaya import ZayaRouter
 
 import kvell
 
@@ -22,6 +34,7 @@ PROMPT_LENGTH = 24
 NEW_TOKENS = 64
 
 SLIDING, FULL = "sliding_attention", "full_attention"
+SPARSE, HEAVY = "compressed_sparse_attention", "heavily_compressed_attention"
 
 GEMMA4 = {
     "model_type": "gemma4_text",
@@ -67,6 +80,75 @@ LAGUNA = {
     "pad_token_id": 9,
 }
 
+DEEPSEEK_V4 = {
+    "model_type": "deepseek_v4",
+    "vocab_size": VOCAB,
+    "hidden_size": 32,
+    "num_hidden_layers": 4,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 1,
+    "head_dim": 16,
+    "qk_rope_head_dim": 8,
+    "q_lora_rank": 12,
+    "o_groups": 2,
+    "o_lora_rank": 6,
+    # With few heads relu leaves many scores exactly zero, and transformers does not say which of them it picks.
+    "index_n_heads": 16,
+    "index_head_dim": 8,
+    "index_topk": 5,
+    "n_routed_experts": 4,
+    "num_experts_per_tok": 2,
+    "n_shared_experts": 1,
+    "moe_intermediate_size": 16,
+    "swiglu_limit": 1.0,
+    "num_hash_layers": 2,
+    "sliding_window": 16,
+    "compress_ratios": [0, 4, 128, 4, 0],
+    "rope_theta": 100.0,
+    "compress_rope_theta": 1600.0,
+    "rope_scaling": {
+        "type": "yarn",
+        "factor": 16,
+        "original_max_position_embeddings": 64,
+        "beta_fast": 32,
+        "beta_slow": 1,
+    },
+    "max_position_embeddings": 1024,
+    "hc_mult": 4,
+    "tie_word_embeddings": False,
+    "bos_token_id": 0,
+    "eos_token_id": 1,
+}
+
+# Half as wide in attention as in the residual. `skip_expert` is Kvell's own field: transformers computes zero there.
+ZAYA = {
+    "model_type": "zaya",
+    "vocab_size": VOCAB,
+    "hidden_size": 64,
+    "num_hidden_layers": 4,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 8,
+    "cca_time0": 2,
+    "cca_time1": 2,
+    "layer_types": ["hybrid"] * 4,
+    "sliding_window": None,
+    "rope_parameters": {
+        "hybrid": {"rope_type": "default", "rope_theta": 500.0, "partial_rotary_factor": 0.5},
+        "hybrid_sliding": {"rope_type": "default", "rope_theta": 50.0, "partial_rotary_factor": 0.5},
+    },
+    "num_experts": 4,
+    "num_experts_per_tok": 1,
+    "moe_intermediate_size": 24,
+    "router_hidden_size": 12,
+    "max_position_embeddings": 1024,
+    "tie_word_embeddings": True,
+    "pad_token_id": 0,
+    "bos_token_id": 2,
+    "eos_token_id": 1,
+    "skip_expert": "zero",
+}
+
 
 def yarn(**fields: Any) -> dict[str, Any]:
     """`rope_parameters` as Laguna has them: YaRN on full layers, plain on sliding ones."""
@@ -91,6 +173,15 @@ def laguna(fields: Mapping[str, Any], seed: int = 0) -> LagunaForCausalLM:
     return _randomised(LagunaForCausalLM(LagunaConfig(**_settings(fields))), seed)
 
 
+def deepseek_v4(fields: Mapping[str, Any], seed: int = 0) -> DeepseekV4ForCausalLM:
+    return _randomised(DeepseekV4ForCausalLM(DeepseekV4Config(**_settings(fields))), seed)
+
+
+def zaya(fields: Mapping[str, Any], seed: int = 0) -> ZayaForCausalLM:
+    settings = {name: value for name, value in _settings(fields).items() if name != "skip_expert"}
+    return _randomised(ZayaForCausalLM(ZayaConfig(**settings)), seed)
+
+
 def _settings(fields: Mapping[str, Any]) -> dict[str, Any]:
     """A deep copy (transformers edits the lists it is given) without what is no setting."""
     return json.loads(json.dumps({name: value for name, value in fields.items() if name != "model_type"}))
@@ -113,8 +204,26 @@ def _randomised(model: Any, seed: int) -> Any:
         tensor.copy_(middle * (0.6 + 0.8 * torch.rand(tensor.shape, generator=generator)))
 
     for name, tensor in model.state_dict().items():
-        if name.endswith("e_score_correction_bias"):
+        if not tensor.is_floating_point():  # a table of each token id's experts, all different
+            order = torch.rand(len(tensor), model.config.n_routed_experts, generator=generator).argsort(1)
+            tensor.copy_(order[:, : tensor.shape[1]])
+        elif name.endswith("e_score_correction_bias"):
             normal(tensor, 0.2)
+        elif name.endswith("balancing_biases"):
+            # transformers 5.23 sets the last one, the skip expert's, to -1 whenever it loads a model: so it is -1
+            # here. The others are near -1 too, or no token would ever choose to skip.
+            normal(tensor, 0.1)
+            tensor.add_(-1 - tensor[-1])
+        elif name.endswith("qk_norm.temp"):
+            around(tensor, 3.0)
+        elif "conv_qk" in name and name.endswith("weight"):
+            normal(tensor, tensor[0].numel() ** -0.5)
+        elif name.endswith("router_mlp.out_proj.weight"):
+            normal(tensor, 4.0 * tensor.shape[-1] ** -0.5)
+        elif name.endswith(("hidden_states_bias", "residual_bias")):
+            normal(tensor, 0.2 * model.config.hidden_size**-0.5)
+        elif name.endswith(("sinks", "position_bias", "base")):
+            normal(tensor, 0.5)
         elif name.endswith(".bias"):
             normal(tensor, 0.3)
         elif tensor.dim() == 1:
@@ -158,6 +267,18 @@ def greedy(model: PreTrainedModel, tokens: Tensor, new_tokens: int = NEW_TOKENS)
             return chosen, torch.stack(logits)
         step = torch.tensor([chosen[-1:]])
         outputs = logits_of(model, step, use_cache=True, past_key_values=outputs.past_key_values)
+
+
+@torch.no_grad()
+def greedy_without_cache(
+    model: PreTrainedModel, tokens: Tensor, new_tokens: int = NEW_TOKENS
+) -> tuple[list[int], Tensor]:
+    """The same with the whole sequence computed anew for every token."""
+    logits = []
+    for _ in range(new_tokens):
+        logits.append(logits_without_cache(model, tokens)[0, -1])
+        tokens = torch.cat([tokens, logits[-1].argmax()[None, None]], dim=1)
+    return tokens[0, -new_tokens:].tolist(), torch.stack(logits)
 
 
 @unchecked()
@@ -220,6 +341,180 @@ def laguna_tensors(
                     parts |= {f"{owner}.{expert}.gate_proj.weight": gate, f"{owner}.{expert}.up_proj.weight": up}
         tensors |= parts
     return tensors
+
+
+def deepseek_v4_tensors(model: DeepseekV4ForCausalLM) -> dict[str, Tensor]:
+    """The tensors under transformers' own names; the head only where it is not tied."""
+    tied = {"lm_head.weight"} if model.config.tie_word_embeddings else set()
+    return {name: tensor for name, tensor in model.state_dict().items() if name not in tied}
+
+
+# transformers' names within a layer -> those of the released files.
+OFFICIAL_NAMES = {
+    "input_layernorm.weight": "attn_norm.weight",
+    "post_attention_layernorm.weight": "ffn_norm.weight",
+    **{f"{block}_hc.{part}": f"hc_{block}_{part}" for block in ("attn", "ffn") for part in ("fn", "base", "scale")},
+    "self_attn.q_a_proj.weight": "attn.wq_a.weight",
+    "self_attn.q_a_norm.weight": "attn.q_norm.weight",
+    "self_attn.q_b_proj.weight": "attn.wq_b.weight",
+    "self_attn.kv_proj.weight": "attn.wkv.weight",
+    "self_attn.kv_norm.weight": "attn.kv_norm.weight",
+    "self_attn.o_a_proj.weight": "attn.wo_a.weight",
+    "self_attn.o_b_proj.weight": "attn.wo_b.weight",
+    "self_attn.sinks": "attn.attn_sink",
+    "self_attn.compressor.kv_proj.weight": "attn.compressor.wkv.weight",
+    "self_attn.compressor.gate_proj.weight": "attn.compressor.wgate.weight",
+    "self_attn.compressor.position_bias": "attn.compressor.ape",
+    "self_attn.compressor.kv_norm.weight": "attn.compressor.norm.weight",
+    "self_attn.compressor.indexer.q_b_proj.weight": "attn.indexer.wq_b.weight",
+    "self_attn.compressor.indexer.scorer.weights_proj.weight": "attn.indexer.weights_proj.weight",
+    "self_attn.compressor.indexer.kv_proj.weight": "attn.indexer.compressor.wkv.weight",
+    "self_attn.compressor.indexer.gate_proj.weight": "attn.indexer.compressor.wgate.weight",
+    "self_attn.compressor.indexer.position_bias": "attn.indexer.compressor.ape",
+    "self_attn.compressor.indexer.kv_norm.weight": "attn.indexer.compressor.norm.weight",
+    "mlp.gate.weight": "ffn.gate.weight",
+    "mlp.gate.tid2eid": "ffn.gate.tid2eid",
+    "mlp.gate.e_score_correction_bias": "ffn.gate.bias",
+    "mlp.shared_experts.gate_proj.weight": "ffn.shared_experts.w1.weight",
+    "mlp.shared_experts.up_proj.weight": "ffn.shared_experts.w3.weight",
+    "mlp.shared_experts.down_proj.weight": "ffn.shared_experts.w2.weight",
+}
+
+
+def official_layer(layer: nn.Module, prefix: str) -> dict[str, Tensor]:
+    """A DeepseekV4DecoderLayer's tensors under a prefix, as released files name them: experts one by one."""
+    tensors = {}
+    for name, tensor in layer.state_dict().items():
+        if name == "mlp.experts.gate_up_proj":
+            for expert, (gate, up) in enumerate(matrix.chunk(2) for matrix in tensor):
+                tensors[f"{prefix}ffn.experts.{expert}.w1.weight"] = gate
+                tensors[f"{prefix}ffn.experts.{expert}.w3.weight"] = up
+        elif name == "mlp.experts.down_proj":
+            tensors |= {f"{prefix}ffn.experts.{expert}.w2.weight": down for expert, down in enumerate(tensor)}
+        else:
+            tensors[prefix + OFFICIAL_NAMES[name]] = tensor
+    return tensors
+
+
+# transformers' names within a layer -> Kvell's.
+OUR_NAMES = {
+    "input_layernorm.weight": "attention_frame.input_norm.weight",
+    "post_attention_layernorm.weight": "feed_forward_frame.input_norm.weight",
+    **{
+        f"{block}_hc.{theirs}": f"{frame}_frame.connection.{ours}"
+        for block, frame in (("attn", "attention"), ("ffn", "feed_forward"))
+        for theirs, ours in (("fn", "weight"), ("base", "base"), ("scale", "scale"))
+    },
+    **{
+        f"self_attn.{part}.weight": f"attention.{part}.weight"
+        for part in ("q_a_proj", "q_a_norm", "q_b_proj", "kv_proj", "kv_norm", "o_a_proj", "o_b_proj")
+    },
+    "self_attn.sinks": "attention.sink",
+    **{
+        f"self_attn.compressor.{theirs}{part}": f"attention.{ours}{own}"
+        for theirs, ours in (("", "compressor."), ("indexer.", "indexer.compressor."))
+        for part, own in (
+            ("kv_proj.weight", "kv_proj.weight"),
+            ("gate_proj.weight", "gate_proj.weight"),
+            ("position_bias", "position_bias"),
+            ("kv_norm.weight", "norm.weight"),
+        )
+    },
+    "self_attn.compressor.indexer.q_b_proj.weight": "attention.indexer.q_proj.weight",
+    "self_attn.compressor.indexer.scorer.weights_proj.weight": "attention.indexer.weights_proj.weight",
+    "mlp.gate.weight": "feed_forward.router.proj.weight",
+    "mlp.gate.tid2eid": "feed_forward.router.table",
+    "mlp.gate.e_score_correction_bias": "feed_forward.router.selection_bias",
+    "mlp.experts.gate_up_proj": "feed_forward.gate_up_proj",
+    "mlp.experts.down_proj": "feed_forward.down_proj",
+    **{
+        f"mlp.shared_experts.{part}.weight": f"feed_forward.shared_expert.{part}.weight"
+        for part in ("gate_proj", "up_proj", "down_proj")
+    },
+}
+
+
+def our_deepseek_v4_names(model: DeepseekV4ForCausalLM) -> dict[str, str]:
+    """Kvell's names of all the model's tensors: transformers'."""
+    names = {"embedding.weight": "model.embed_tokens.weight", "norm.weight": "model.norm.weight"}
+    if not model.config.tie_word_embeddings:
+        names["head.weight"] = "lm_head.weight"
+    for ours, theirs in (("weight", "fn"), ("base", "base"), ("scale", "scale")):
+        names[f"ends.{ours}"] = f"model.hc_head.hc_{theirs}"
+    for index, layer in enumerate(model.model.layers):
+        for name in layer.state_dict():
+            names[f"layers.{index}.{OUR_NAMES[name]}"] = f"model.layers.{index}.{name}"
+    return names
+
+
+# transformers' names within a layer -> Kvell's, or how both begin.
+OUR_ZAYA_NAMES = {
+    "input_layernorm.": "attention_frame.input_norm.",
+    **{f"self_attn.qkv_proj.{part}.": f"attention.{part}." for part in ("q_proj", "k_proj")},
+    **{f"self_attn.qkv_proj.{part}.": f"attention.{part}." for part in ("v_proj_current", "v_proj_delayed")},
+    **{f"self_attn.qkv_proj.conv_qk_{part}.": f"attention.conv_{part}." for part in ("depthwise", "grouped")},
+    "self_attn.qk_norm.temp": "attention.temperature",
+    "self_attn.o_proj.": "attention.o_proj.",
+    "post_attention_layernorm.": "feed_forward_frame.input_norm.",
+    "mlp.gate.router_mlp.": "feed_forward.router.",
+    "mlp.gate.down_proj.": "feed_forward.router.down_proj.",
+    "mlp.gate.router_states_scale": "feed_forward.router.state_scale",
+    "mlp.gate.balancing_biases": "feed_forward.router.selection_bias",
+    "mlp.experts.": "feed_forward.",
+    **{
+        f"{theirs}_residual_scale.{part}": f"{frame}_frame.connection.{part.replace('hidden_states', 'output')}"
+        for theirs, frame in (("post_attention", "attention"), ("post_mlp", "feed_forward"))
+        for part in ("hidden_states_scale", "hidden_states_bias", "residual_scale", "residual_bias")
+    },
+}
+
+
+def our_zaya_names(model: ZayaForCausalLM) -> dict[str, str]:
+    """Kvell's names of all the model's tensors: transformers'."""
+    names = {
+        "embedding.weight": "model.embed_tokens.weight",
+        "norm.weight": "model.norm.weight",
+        "ends.scale": "model.input_hidden_states_scale",
+        "ends.bias": "model.input_hidden_states_bias",
+    }
+    if not model.config.tie_word_embeddings:
+        names["head.weight"] = "lm_head.weight"
+    for index, layer in enumerate(model.model.layers):
+        for name in layer.state_dict():
+            theirs = next(beginning for beginning in OUR_ZAYA_NAMES if name.startswith(beginning))
+            ours = OUR_ZAYA_NAMES[theirs] + name.removeprefix(theirs)
+            names[f"layers.{index}.{ours}"] = f"model.layers.{index}.{name}"
+    return names
+
+
+def zaya_tensors(model: ZayaForCausalLM) -> dict[str, Tensor]:
+    """The tensors under transformers' names; the head only where it is not tied."""
+    tied = {"lm_head.weight"} if model.config.tie_word_embeddings else set()
+    return {name: tensor for name, tensor in model.state_dict().items() if name not in tied}
+
+
+@contextmanager
+def zaya_choices(model: ZayaForCausalLM) -> Iterator[dict[int, list[Tensor]]]:
+    """The routers' choices, by layer, while the context is open: for each token its class, E being the skip expert.
+
+    AssertionError where two classes are so close that a rounding error could turn the choice: nothing could be
+    compared there.
+    """
+    chosen: dict[int, list[Tensor]] = {}
+    gaps: list[float] = []
+
+    def look(router: ZayaRouter, inputs: Any, output: tuple[Tensor, ...]) -> None:
+        best = (output[0].detach().softmax(-1) + router.balancing_biases).topk(2)
+        gaps.append(float((best.values[:, 0] - best.values[:, 1]).min()))
+        chosen.setdefault(router.layer_idx, []).append(best.indices[:, 0])
+
+    hooks = [layer.mlp.gate.register_forward_hook(look) for layer in model.model.layers]
+    try:
+        yield chosen
+    finally:
+        for hook in hooks:
+            hook.remove()
+    assert min(gaps) > 2e-6, f"take another seed: classes {min(gaps):.0e} apart"
 
 
 def loss_of(logits: Tensor, tokens: Tensor) -> Tensor:

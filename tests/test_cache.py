@@ -222,8 +222,9 @@ torch.set_num_threads(1)
 name, reserve = sys.argv[1], sys.argv[2] == "reserve"
 config = kvell.ModelConfig.from_pretrained(name)
 process = psutil.Process()
-chunk = {key: torch.ones(4096 // spec.stride, spec.width, dtype=torch.bfloat16) for key, spec in config.streams().items()}
-cache = kvell.Cache(config.streams(), dtype=torch.bfloat16, max_length=131072 if reserve else None)
+bf16, streams = torch.bfloat16, config.streams()
+chunk = {key: torch.ones(4096 // spec.stride, spec.width, dtype=bf16) for key, spec in streams.items()}
+cache = kvell.Cache(streams, dtype=bf16, max_length=131072 if reserve else None)
 before = process.memory_info().rss
 for _ in range(131072 // 4096):
     cache.check_step([4096])

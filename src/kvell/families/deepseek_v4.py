@@ -174,6 +174,7 @@ def _rotaries(text: Released) -> tuple[dict[str, Any], dict[str, Any]]:
     for released in both:
         if isinstance(released, dict):
             released.pop("partial_rotary_factor", None)
+            released.setdefault("rope_type", released.pop("type", "default"))  # transformers saves both
             if released.get("rope_type") == "yarn":
                 released.setdefault("attention_factor", 1.0)
     main, compress = (
@@ -375,7 +376,8 @@ OFFICIAL = [
     (r"\.self_attn\.indexer\.compressor\.", ".self_attn.compressor.indexer."),
     (r"\.self_attn\.indexer\.weights_proj\.", ".self_attn.compressor.indexer.scorer.weights_proj."),
     (r"\.self_attn\.indexer\.wq_b\.", ".self_attn.compressor.indexer.q_b_proj."),
-    (r"(\.self_attn\.compressor\.(?:indexer\.)?)norm\.", r"\1kv_norm."),
+    # transformers 5.23 saves the attention's own kv_norm under this name too.
+    (r"(\.self_attn\.(?:compressor\.(?:indexer\.)?)?)norm\.", r"\1kv_norm."),
     (r"(\.self_attn\.compressor\.(?:indexer\.)?)ape$", r"\1position_bias"),
     (r"(\.self_attn\.compressor\.(?:indexer\.)?)wgate\.", r"\1gate_proj."),
     (r"\.self_attn\.attn_sink$", ".self_attn.sinks"),

@@ -120,25 +120,32 @@ def _from_original(text: Released) -> dict[str, Any]:
     text.refuse("activation_func", (None, "swiglu"), "only swiglu is known")
     kinds = text.get("zaya_layers", None)
     halves = len(kinds) if isinstance(kinds, list) else text.integer("num_hidden_layers")
-    if halves % 2 or (isinstance(kinds, list) and any((kind == "a") == bool(i % 2) for i, kind in enumerate(kinds))):
+    alternate = not isinstance(kinds, list) or all((kind == "a") == (i % 2 == 0) for i, kind in enumerate(kinds))
+    if not halves or halves % 2 or not alternate:
         raise ConfigError("zaya config: zaya_layers must alternate attention ('a') and mixture (its experts)")
     layers = halves // 2
 
-    def listed(name: str, alternative: str, default: Any) -> Any:
-        """The one value that all the half-layers of a kind have; 0 stands where it does not apply."""
+    def listed(name: str, half: int, alternative: str, default: Any) -> Any:
+        """The one value that all the half-layers of a kind have: attention, half 0, or mixture, half 1."""
         value = text.get(name, None)
         if not isinstance(value, list):
             return value if value is not None else text.get(alternative, default)
-        found = {entry for entry in value if entry}
-        if len(found) != 1:
-            raise ConfigError(f"zaya config: {name} has the values {sorted(map(str, found))}, wanted is one")
-        return found.pop()
+        own = value[half:halves:2]  # some lists go on behind the last half-layer
+        found = sorted({str(entry) for entry in own})
+        if len(own) != layers or len(found) != 1 or own[0] is None:
+            raise ConfigError(
+                f"zaya config: {name} has {len(own)} entries for {layers} half-layers, the values {found}: wanted is"
+                " one value for all"
+            )
+        return own[0]
 
     windows = text.get("swa_layers", [0] * layers)
     if not isinstance(windows, list) or len(windows) not in (layers, halves):
         raise ConfigError(f"zaya config: swa_layers is {windows!r}, wanted is a list of {layers} or {halves} entries")
-    windows = windows[::2] if len(windows) == halves else windows
-    ffn = listed("ffn_hidden_size_list", "ffn_hidden_size", 4096)
+    windows = [window or 0 for window in (windows[::2] if len(windows) == halves else windows)]
+    if any(not isinstance(window, int) for window in windows) or len(set(windows) - {0}) > 1:
+        raise ConfigError(f"zaya config: swa_layers is {windows!r}, wanted is one window, and 0 for full attention")
+    ffn = listed("ffn_hidden_size_list", 1, "ffn_hidden_size", 4096)
     if not isinstance(ffn, int) or ffn % 2:
         raise ConfigError(f"zaya config: ffn_hidden_size is {ffn!r}, wanted is an even number: gate and up together")
     fraction = text.get("partial_rotary_factor", 0.5)
@@ -150,28 +157,19 @@ def _from_original(text: Released) -> dict[str, Any]:
     return {
         **{name: value for name, value in text.values.items() if name not in ("rope_parameters", "rope_scaling")},
         "num_hidden_layers": layers,
-        "num_attention_heads": listed("cca_num_q_heads", "num_attention_heads", 8),
-        "num_key_value_heads": listed("num_query_groups_list", "num_query_groups", 2),
+        "num_attention_heads": listed("cca_num_q_heads", 0, "num_attention_heads", 8),
+        "num_key_value_heads": listed("num_query_groups_list", 0, "num_query_groups", 2),
         "head_dim": text.get("kv_channels", text.get("head_dim", 128)),
-        "num_experts": listed("zaya_layers", "num_experts", 16) if not isinstance(kinds, list) else _experts(kinds),
+        "num_experts": listed("zaya_layers", 1, "num_experts", 16),
         "num_experts_per_tok": text.get("moe_router_topk", 1),
         "moe_intermediate_size": ffn // 2,
-        "router_hidden_size": listed("zaya_mlp_expansion", "router_hidden_size", 256),
+        "router_hidden_size": listed("zaya_mlp_expansion", 1, "router_hidden_size", 256),
         "rms_norm_eps": text.get("norm_epsilon", 1e-5),
         "layer_types": ["hybrid_sliding" if window else "hybrid" for window in windows],
         # The original window does not count the token itself.
         "sliding_window": max(windows) + 1 if any(windows) else None,
         "rope_parameters": {"hybrid": rope("rope_theta", 1e6), "hybrid_sliding": rope("swa_rotary_base", 1e4)},
     }
-
-
-def _experts(kinds: list[Any]) -> int:
-    counts = {kind for kind in kinds if kind != "a"}
-    if len(counts) != 1:
-        raise ConfigError(
-            f"zaya config: zaya_layers names mixtures of {sorted(map(str, counts))} experts, wanted is one"
-        )
-    return int(counts.pop())
 
 
 def write_config(config: ModelConfig) -> dict[str, Any]:
