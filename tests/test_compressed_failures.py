@@ -1,6 +1,6 @@
 """What went wrong in other implementations of DeepSeek V4, by the number of the public report, and does not here.
 
-Two more stand elsewhere, beside what they are about: a transposed mix and the order of Sinkhorn's steps in
+Three more stand elsewhere, beside what they are about: a transposed mix and the order of Sinkhorn's steps in
 test_hyper_connections.py, a Hadamard transform of one side only in test_released_rounding.py.
 """
 

@@ -33,6 +33,7 @@ from transformers import DeepseekV4ForCausalLM
 import kvell
 from kvell.checkpoint.loading import build_empty, match
 from kvell.checkpoint.quantised import QuantisedFiles
+from kvell.families import parse_config
 from kvell.families.deepseek_v4 import DRAFTER, FAMILY
 
 F8, E8, I8, I64 = torch.float8_e4m3fn, torch.float8_e8m0fnu, torch.int8, torch.int64
@@ -679,3 +680,16 @@ def test_a_config_that_does_not_fit_is_refused_in_one_line_that_names_the_field(
     message = refused(tmp_path)
     for word in ["deepseek_v4 config", *words]:
         assert word in message
+
+
+def test_older_fields_for_the_rates_are_read() -> None:
+    values = {**DEEPSEEK_V4, "compress_ratios": [0, 4, 128, 4, 0], "compress_rate_csa": 3, "compress_rate_hca": 9}
+    values = {name: value for name, value in values.items() if name not in ("layer_types", "compress_rates")}
+    compressors = [layer.attention.compressor for layer in parse_config(values).layers]
+    assert [one.ratio for one in compressors if one is not None] == [3, 9, 3]
+
+
+def test_a_rate_of_an_unknown_layer_type_is_refused() -> None:
+    values = {**DEEPSEEK_V4, "compress_rates": {"lightly_compressed_attention": 2}}
+    with pytest.raises(kvell.ConfigError, match="compress_rates is 'lightly_compressed_attention'"):
+        parse_config(values)

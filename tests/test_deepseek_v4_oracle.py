@@ -222,7 +222,9 @@ def assert_same_logits(model: kvell.Decoder, case: str, length: int) -> None:
     with no_near_ties(reference(case)):
         wanted = logits_without_cache(reference(case), tokens)
     assert 1 < wanted.abs().max() < 15
-    torch.testing.assert_close(model(tokens), wanted, rtol=0, atol=1e-4)
+    with unchecked():
+        logits = model(tokens)
+    torch.testing.assert_close(logits, wanted, rtol=0, atol=1e-4)
 
 
 @pytest.mark.parametrize("length", LENGTHS)
@@ -252,10 +254,7 @@ def test_the_cases_have_layers_of_every_kind() -> None:
     }
 
 
-@pytest.mark.parametrize(
-    ("case", "length"),
-    [(FLASH, 100), (PRO, 127), (THREE_SEVEN, 3), (ONE_PICK, 1)],
-)
+@pytest.mark.parametrize(("case", "length"), [(FLASH, 100), (THREE_SEVEN, 3), (ONE_PICK, 1)])
 def test_64_greedy_tokens_equal_those_of_transformers(case: str, length: int, load) -> None:
     tokens, logits = generated(case, length)
     our_tokens, our_logits = greedy_with_kvell(load(case), prompt(length))

@@ -356,3 +356,26 @@ def test_a_model_without_an_indexer_has_no_such_loss() -> None:
     model = released_like(compress_ratios=[0, 128, 128, 0, 0])
     with pytest.raises(kvell.InputError, match="no indexer"):
         model.index_loss(batch())
+
+
+def test_a_query_whose_heads_all_look_elsewhere_leaves_the_indexers_gradients_finite() -> None:
+    """A sink so heavy that every entry's weight is zero in fp32: there is nothing to learn from, and no 0 / 0."""
+    model = released_like()
+    with torch.no_grad():
+        for layer in model.layers:
+            layer.attention.sink.fill_(110.0)
+    loss = model.index_loss(batch())
+    loss.backward()
+    assert loss == 0
+    assert all(one.grad is None or one.grad.isfinite().all() for one in model.parameters())
+
+
+@pytest.mark.parametrize("streams", [2, 3, 4])
+def test_every_stream_is_some_blocks_home(streams: int) -> None:
+    config = released_like().config
+    connection = config.connection.model_copy(update={"streams": streams})
+    model = Decoder(config.model_copy(update={"connection": connection}))
+    frames = [frame for layer in model.layers for frame in (layer.attention_frame, layer.feed_forward_frame)]
+    blocks = [frame.connection for frame in frames]
+    homes = [int(block.base[:streams].argmax()) for block in blocks]
+    assert homes == [index % streams for index in range(len(blocks))]

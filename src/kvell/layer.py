@@ -15,9 +15,6 @@ from kvell.layers.norms import RMSNorm
 from kvell.layers.part import Site
 from kvell.step import Step
 
-# Each layer's connections to the residual are counted so: attention, feed-forward, per-layer embedding.
-BLOCKS = 3
-
 
 class Layer(nn.Module):
     """Attention, feed-forward, and what belongs to the layer's end."""
@@ -27,14 +24,16 @@ class Layer(nn.Module):
     def __init__(self, config: ModelConfig, layer: LayerConfig, index: int, *, per_layer_embedding: bool) -> None:
         super().__init__()
         site, connection = config.site(index), config.connection
+        # The model's blocks are counted through: attention, feed-forward, and a per-layer embedding if there is one.
+        first = index * (3 if config.per_layer_embedding is not None else 2)
         self.attention = layer.attention.build(site)
-        self.attention_frame = Frame(config, site, layer.attention_norm, BLOCKS * index)
+        self.attention_frame = Frame(config, site, layer.attention_norm, first)
         self.feed_forward = layer.feed_forward.build(site)
-        self.feed_forward_frame = Frame(config, site, layer.feed_forward_norm, BLOCKS * index + 1)
+        self.feed_forward_frame = Frame(config, site, layer.feed_forward_norm, first + 1)
         self.per_layer_embedding = None
         if per_layer_embedding and config.per_layer_embedding is not None:
             self.per_layer_embedding = config.per_layer_embedding.build(site)
-            self.per_layer_connection = connection.build(site, BLOCKS * index + 2)
+            self.per_layer_connection = connection.build(site, first + 2)
         # Stored with the weights but not learnt, as Gemma 4's released models have it.
         self.register_buffer("layer_scalar", torch.ones(1) if layer.layer_scalar else None)
 

@@ -46,7 +46,7 @@ def read_config(values: Mapping[str, Any]) -> ModelConfig:
     text.refuse("n_shared_experts", (None, 1), "there is one shared expert")
     layers = text.integer("num_hidden_layers")
     types = _layer_types(text, layers)
-    rates = {**RATES, **text.mapping("compress_rates", {})}
+    rates = _rates(text)
     hashed = _hashed(text, layers)
     rotary_width = _rotary_width(text)
     main, compress = _rotaries(text)
@@ -116,13 +116,22 @@ def read_config(values: Mapping[str, Any]) -> ModelConfig:
 
 def _layer_types(text: Released, layers: int) -> list[str]:
     """By name, or by compression ratios, of which the draft blocks' stand at the end."""
-    if "layer_types" in text.values or "compress_ratios" not in text.values:
+    if text.get("layer_types", None) is not None or "compress_ratios" not in text.values:
         return [text.choice("layer_types", kind, TYPES) for kind in text.per_layer("layer_types", [])]
     ratios = text.get("compress_ratios")
     if not isinstance(ratios, list) or len(ratios) < layers:
         found = f"has {len(ratios)} entries" if isinstance(ratios, list) else f"is {ratios!r}"
         raise ConfigError(f"deepseek_v4 config: compress_ratios {found} for {layers} layers")
     return [text.choice("compress_ratios", ratio, RATIOS) for ratio in ratios[:layers]]
+
+
+def _rates(text: Released) -> dict[str, Any]:
+    """Tokens per entry, by layer type; older files give each its own field."""
+    older = {CSA: text.get("compress_rate_csa", None), HCA: text.get("compress_rate_hca", None)}
+    given = text.mapping("compress_rates", {})
+    for kind in given:
+        text.choice("compress_rates", kind, {CSA: CSA, HCA: HCA})
+    return {**RATES, **given, **{kind: rate for kind, rate in older.items() if rate is not None}}
 
 
 def _predicts_multiple(text: Released, layers: int) -> bool:

@@ -38,7 +38,7 @@ def experts_reference(
 ) -> Float[Tensor, "T C"]:
     """Every expert runs on every token; a token's weight is zero for those it did not choose."""
     dense = torch.zeros(x.shape[0], gate_up.shape[0] + 1, dtype=weights.dtype, device=x.device)
-    dense = dense.scatter(1, chosen, weights)[:, :-1]
+    dense = dense.scatter_add(1, chosen, weights)[:, :-1]
     gate, up = torch.einsum("tc,eic->tei", x, gate_up).chunk(2, dim=-1)
     return torch.einsum("tei,eci,te->tc", unit(gate, up), down, dense)
 

@@ -88,12 +88,13 @@ class EntryIndexer(nn.Module):
         masses: Sequence[Float[Tensor, "_ E"]],
         step: "Step",
     ) -> Float[Tensor, ""]:
-        """The mean divergence over all queries that see an entry; zero if none does."""
+        """The mean divergence over all queries that give weight to an entry; zero if none does."""
         divergences = []
         for (query, weights, own, seen), mass in zip(
             self._by_sequence(questions, entries, visible, step), masses, strict=True
         ):
-            asks = seen > 0
+            # Of a query whose heads all give the entries no weight that is not zero, nothing can be learnt.
+            asks = (seen > 0) & (mass.sum(-1) > 0)
             unseen = torch.arange(len(own), device=seen.device) >= seen[asks, None]
             scores = index_scores(query[asks], weights[asks], own).masked_fill(unseen, float("-inf"))
             wanted = mass[asks] / mass[asks].sum(-1, keepdim=True)
