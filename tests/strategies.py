@@ -87,6 +87,25 @@ def mixture(draw: DrawFn, earlier: list[Any]) -> MixtureOfExperts:
 
 
 @composite
+def shared_keys(draw: DrawFn, earlier: list[Any]) -> dict[str, Any] | None:
+    """The fields of a layer that reads an earlier layer's keys and values, or None for one that makes its own."""
+    producers = [i for i, a in enumerate(earlier) if hasattr(a, "num_kv_heads") and a.kv_source is None]
+    if not producers or not draw(st.booleans()):
+        return None
+    source = draw(st.sampled_from(producers))
+    producer = earlier[source]
+    window = producer.sliding_window
+    return {
+        "num_heads": producer.num_kv_heads * draw(st.integers(1, 3)),
+        "num_kv_heads": producer.num_kv_heads,
+        "head_dim": producer.head_dim,
+        "rotary": producer.rotary,
+        "kv_source": source,
+        "sliding_window": draw(WINDOWS if window is None else st.integers(1, window)),
+    }
+
+
+@composite
 def grouped_query(draw: DrawFn, earlier: list[Any]) -> GroupedQuery:
     """A layer with keys of its own, or one that reads an earlier layer's."""
     common: dict[str, Any] = {
@@ -95,20 +114,8 @@ def grouped_query(draw: DrawFn, earlier: list[Any]) -> GroupedQuery:
         "bias": draw(st.booleans()),
         "scale": draw(st.sampled_from([None, 0.5])),
     }
-    producers = [i for i, a in enumerate(earlier) if isinstance(a, GroupedQuery) and a.kv_source is None]
-    if producers and draw(st.booleans()):
-        source = draw(st.sampled_from(producers))
-        producer = earlier[source]
-        window = producer.sliding_window
-        return GroupedQuery(
-            **common,
-            num_heads=producer.num_kv_heads * draw(st.integers(1, 3)),
-            num_kv_heads=producer.num_kv_heads,
-            head_dim=producer.head_dim,
-            rotary=producer.rotary,
-            kv_source=source,
-            sliding_window=draw(WINDOWS if window is None else st.integers(1, window)),
-        )
+    if (shared := draw(shared_keys(earlier))) is not None:
+        return GroupedQuery(**common, **shared)
     kv_heads = draw(st.sampled_from([1, 2]))
     return GroupedQuery(
         **common,
@@ -125,34 +132,63 @@ def grouped_query(draw: DrawFn, earlier: list[Any]) -> GroupedQuery:
 
 @composite
 def convolutional(draw: DrawFn, earlier: list[Any]) -> Convolutional:
+    """A layer with keys of its own, or one that reads an earlier layer's."""
+    common: dict[str, Any] = {
+        "depthwise_kernel": draw(st.integers(1, 3)),
+        "grouped_kernel": draw(st.integers(1, 3)),
+        "bias": draw(st.booleans()),
+    }
+    if (shared := draw(shared_keys(earlier))) is not None:
+        return Convolutional(**common, **shared)
     kv_heads = draw(st.sampled_from([1, 2, 3]))
     return Convolutional(
+        **common,
         num_heads=kv_heads * draw(st.integers(1, 3)),
         num_kv_heads=kv_heads,
         head_dim=draw(st.sampled_from([8, 16])),
         rotary=draw(ROTARIES),
         sliding_window=draw(WINDOWS),
-        depthwise_kernel=draw(st.integers(1, 3)),
-        grouped_kernel=draw(st.integers(1, 3)),
-        bias=draw(st.booleans()),
     )
 
 
 @composite
 def compressed(draw: DrawFn, earlier: list[Any], picking: bool = True) -> Compressed:
-    """A layer with a window only, with all entries, or with picked ones."""
+    """A layer with a window only, with all entries, or with picked ones; or one that reads an earlier layer's."""
     heads = draw(st.sampled_from([2, 4]))
+    common: dict[str, Any] = {
+        "num_heads": heads,
+        "query_rank": 12,
+        "output_groups": draw(st.sampled_from([1, heads])),
+        "output_rank": 6,
+    }
+    indexer = st.builds(
+        Indexer, num_heads=st.integers(1, 3), head_dim=st.sampled_from([4, 8]), top_k=st.sampled_from([1, 2, 5, 40])
+    )
+    producers = [i for i, a in enumerate(earlier) if isinstance(a, Compressed) and a.kv_source is None]
+    if producers and draw(st.booleans()):
+        source = draw(st.sampled_from(producers))
+        producer = earlier[source]
+        source_picks = producer.indexer is not None and draw(st.booleans())
+        own_picks = producer.compressor is not None and not source_picks
+        return Compressed(
+            **common,
+            head_dim=producer.head_dim,
+            sliding_window=draw(st.integers(1, producer.sliding_window)),
+            rotary=producer.rotary,
+            rotary_width=producer.rotary_width,
+            compressor=producer.compressor,
+            indexer=draw(st.one_of(st.none(), indexer)) if own_picks else None,
+            kv_source=source,
+            source_picks=source_picks,
+        )
     compressor = draw(
         st.one_of(
             st.none(),
             st.builds(Compressor, ratio=st.integers(2, 9), overlap=st.booleans()),
         )
     )
-    indexer = st.builds(
-        Indexer, num_heads=st.integers(1, 3), head_dim=st.sampled_from([4, 8]), top_k=st.sampled_from([1, 2, 5, 40])
-    )
     return Compressed(
-        num_heads=heads,
+        **common,
         head_dim=draw(st.sampled_from([8, 16])),
         sliding_window=draw(st.integers(1, 12)),
         rotary=draw(
@@ -164,9 +200,6 @@ def compressed(draw: DrawFn, earlier: list[Any], picking: bool = True) -> Compre
             )
         ),
         rotary_width=draw(st.sampled_from([2, 4])),
-        query_rank=12,
-        output_groups=draw(st.sampled_from([1, heads])),
-        output_rank=6,
         compressor=compressor,
         indexer=draw(st.one_of(st.none(), indexer)) if picking and compressor is not None else None,
     )

@@ -23,7 +23,7 @@ from kvell.layers.hyper_connections import HyperConnection, HyperConnections, Hy
 from kvell.layers.part import Site
 from kvell.layers.residual import PlainResidual
 from kvell.layers.rotary import DefaultRotary
-from kvell.step import Step
+from kvell.step import Observed, Step
 
 SITE = Site(64, 97, 1, 1e-6, 0)
 
@@ -321,7 +321,7 @@ def test_the_index_loss_is_the_divergence_from_where_the_attention_of_all_heads_
     sum to 1, where no entry is left out (arXiv 2512.02556, equation 3); the mean over queries that see one."""
     layer, x = layer_of("sparse"), torch.randn(30, HIDDEN)
     step = Step.of(torch.zeros(30, dtype=torch.long), [30], None)
-    step.index_losses = []
+    step.observed = Observed()
     layer(x, step)
     hand = ByHand(layer, x)
     divergences = []
@@ -331,7 +331,7 @@ def test_the_index_loss_is_the_divergence_from_where_the_attention_of_all_heads_
             mass = hand.attention(t, seen)[:, -visible:].sum(0)
             p, q = mass / mass.sum(), scores[:visible].softmax(0)
             divergences.append((p * (p / q).log()).sum())
-    (loss,) = step.index_losses
+    (loss,) = step.observed.index_losses.values()
     assert len(divergences) == 30 - 3
     assert loss > 0.01
     torch.testing.assert_close(loss.double(), torch.stack(divergences).mean(), rtol=1e-4, atol=0)

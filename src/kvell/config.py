@@ -14,7 +14,7 @@ from pydantic import NonNegativeInt, PositiveFloat, PositiveInt, ValidationError
 from kvell.cache import StreamSpec
 from kvell.errors import ConfigError
 from kvell.layers import Attention, Connection, FeedForward
-from kvell.layers.grouped_query import KEY_VALUES
+from kvell.layers.key_values import KEY_VALUES
 from kvell.layers.part import Part, Site
 from kvell.layers.per_layer_embedding import PerLayerEmbedding
 from kvell.layers.residual import PlainResidual

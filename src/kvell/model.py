@@ -23,7 +23,7 @@ from kvell.errors import CacheError, InputError
 from kvell.layer import Layer
 from kvell.layers.norms import RMSNorm
 from kvell.layers.per_layer_embedding import MappedTable
-from kvell.step import Step
+from kvell.step import Observed, Step
 
 # What a step computes for its tokens takes memory: a long prompt goes through in steps of so many tokens.
 MAX_STEP = 2048
@@ -74,6 +74,7 @@ class Decoder(nn.Module):
         counts: Sequence[int] | None = ...,
         last_only: bool = ...,
         return_streams: Literal[False] = ...,
+        observed: Observed | None = ...,
     ) -> Float[Tensor, "B m V"]: ...
 
     @overload
@@ -85,6 +86,7 @@ class Decoder(nn.Module):
         counts: Sequence[int] | None = ...,
         last_only: bool = ...,
         return_streams: Literal[True],
+        observed: Observed | None = ...,
     ) -> tuple[Float[Tensor, "B m V"], Float[Tensor, "B n *C"]]: ...
 
     def forward(
@@ -95,6 +97,7 @@ class Decoder(nn.Module):
         counts: Sequence[int] | None = None,
         last_only: bool = False,
         return_streams: bool = False,
+        observed: Observed | None = None,
     ) -> Float[Tensor, "B m V"] | tuple[Float[Tensor, "B m V"], Float[Tensor, "B n *C"]]:
         """Logits of every token, (B, n, V), or of each sequence's last one, (B, 1, V), with `last_only`.
 
@@ -102,8 +105,9 @@ class Decoder(nn.Module):
         sequences of different lengths end to end in one row: tokens is (1, sum of counts), sequence i continues the
         cache's sequence i, none sees another, and the logits are (1, sum of counts, V), or (1, sequences, V) with
         `last_only`. `return_streams` adds the residual of every token before the last collapse and norm, (B, n, C) or
-        (B, n, N, C), which `draft` starts from. Where no gradients are recorded a long prompt is worked through in
-        steps of MAX_STEP tokens, so what a call needs besides its results and its cache does not grow with it.
+        (B, n, N, C), which `draft` starts from. `observed` collects what training needs of the step besides. Where no
+        gradients are recorded and nothing is observed, a long prompt is worked through in steps of MAX_STEP tokens,
+        so what a call needs besides its results and its cache does not grow with it.
         InputError for tokens that cannot be; CacheError for a cache that does not fit.
         """
         self._check_tokens(tokens, counts)
@@ -112,8 +116,8 @@ class Decoder(nn.Module):
         self._warn_of_length(lengths, cache)
         recorded = torch.is_grad_enabled() and cache is None
         with torch.set_grad_enabled(recorded):
-            if recorded or sum(lengths) <= MAX_STEP:
-                step = Step.of(tokens.flatten(), lengths, cache, self._sources)
+            if recorded or observed is not None or sum(lengths) <= MAX_STEP:
+                step = Step.of(tokens.flatten(), lengths, cache, self._sources, observed)
                 logits, streams = self._step(step, last_only, return_streams)
             else:
                 logits, streams = self._steps(tokens.flatten(), lengths, cache, last_only, return_streams)
@@ -121,24 +125,30 @@ class Decoder(nn.Module):
         return (logits, streams.unflatten(0, (tokens.shape[0], -1))) if streams is not None else logits
 
     def draft(
-        self, streams: Float[Tensor, "B n *C"], next_tokens: Int[Tensor, "B n"], cache: Cache | None = None
+        self,
+        streams: Float[Tensor, "B n *C"],
+        next_tokens: Int[Tensor, "B n"],
+        cache: Cache | None = None,
+        *,
+        counts: Sequence[int] | None = None,
+        observed: Observed | None = None,
     ) -> tuple[Float[Tensor, "B n V"], Float[Tensor, "B n *C"]]:
         """Proposes the tokens after the next ones, by the draft block: logits, and the block's own streams.
 
         Row i pairs the streams of the token at position p, as a forward with `return_streams` gives them, with the id
         of the token at p + 1; its logits are about the token at p + 2. The streams returned can stand in for the next
-        position's, to propose one token more. The cache is one of `make_draft_cache`. InputError for a model without
-        a draft block, and for streams and tokens that do not go together.
+        position's, to propose one token more. The cache is one of `make_draft_cache`; `counts` and `observed` are as
+        in `forward`. InputError for a model without a draft block, and for streams and tokens that do not fit.
         """
         if self.draft_block is None:
             raise InputError("the model has no draft block: its config's draft is null")
-        self._check_tokens(next_tokens, None)
+        self._check_tokens(next_tokens, counts)
         if streams.shape[:2] != next_tokens.shape:
             raise InputError(f"streams of the shape {tuple(streams.shape)} for tokens {tuple(next_tokens.shape)}")
-        lengths = [next_tokens.shape[1]] * next_tokens.shape[0]
+        lengths = list(counts) if counts is not None else [next_tokens.shape[1]] * next_tokens.shape[0]
         self._check_cache(cache, lengths, self._draft_streams)
         with torch.set_grad_enabled(torch.is_grad_enabled() and cache is None):
-            step = Step.of(next_tokens.flatten(), lengths, cache)
+            step = Step.of(next_tokens.flatten(), lengths, cache, observed=observed)
             x, h = self.draft_block(streams.flatten(0, 1), self._embed(step.tokens), step)
             logits = self._logits(x)
         if cache is not None:
@@ -154,11 +164,11 @@ class Decoder(nn.Module):
         self._check_tokens(tokens, counts)
         lengths = list(counts) if counts is not None else [tokens.shape[1]] * tokens.shape[0]
         step = Step.of(tokens.flatten(), lengths, None, self._sources)
-        step.index_losses = []
+        step.observed = Observed()
         self._run(step, last_only=False)
-        if not step.index_losses:
+        if not step.observed.index_losses:
             raise InputError("the model has no indexer to train")
-        return torch.stack(step.index_losses).mean()
+        return torch.stack(list(step.observed.index_losses.values())).mean()
 
     def make_cache(self, batch_size: int = 1, max_rewind: int = 0, max_length: int | None = None) -> Cache:
         """An empty cache for this model; see Cache."""

@@ -19,13 +19,27 @@ Left = tuple[int, str]  # the index of the layer that left something, and what i
 
 
 @dataclass
+class Observed:
+    """What training wants to know of a step besides its logits; layers write into it where there is one.
+
+    By the layer's index: each indexer's loss (layers/compressed.py), and of each mixture's router how many tokens
+    chose each of its classes (E), and the auxiliary loss that evens them out (layers/routers.py). As it is keyed,
+    nothing counts twice where activation checkpointing runs a layer again.
+    """
+
+    index_losses: dict[int, Tensor] = field(default_factory=dict)
+    expert_loads: dict[int, Tensor] = field(default_factory=dict)
+    balance_losses: dict[int, Tensor] = field(default_factory=dict)
+
+
+@dataclass
 class Step:
     """One step: `counts[b]` new tokens of sequence b, which holds `starts[b]` already; at their `positions`.
 
     `made` is what earlier layers of this step leave for later ones, by the index of the layer that made it: the keys
     and values that sharing layers read, a router's state. It holds this step's tensors themselves, so sharing works
     without a cache, and gradients flow through it. `sources` are those that any layer reads; nothing else is kept
-    alive. `index_losses` collects the indexers' losses where they are asked for; see layers/compressed.py.
+    alive. `observed` collects what training asks for.
     """
 
     tokens: Int[Tensor, " T"]
@@ -35,20 +49,25 @@ class Step:
     cache: Cache | None = None
     sources: frozenset[Left] = frozenset()
     made: dict[Left, Any] = field(default_factory=dict)
-    index_losses: list[Tensor] | None = None
+    observed: Observed | None = None
     _rows: Int[Tensor, " W"] | None = None
     _tables: dict[Any, RotaryTable] = field(default_factory=dict)
 
     @classmethod
     def of(
-        cls, tokens: Int[Tensor, " T"], counts: list[int], cache: Cache | None, sources: frozenset[Left] = frozenset()
+        cls,
+        tokens: Int[Tensor, " T"],
+        counts: list[int],
+        cache: Cache | None,
+        sources: frozenset[Left] = frozenset(),
+        observed: Observed | None = None,
     ) -> "Step":
         """A step that continues each sequence where its cache stands, or at 0 without one."""
         starts = [0] * len(counts) if cache is None else cache.lengths
         positions = [
             torch.arange(start, start + n, device=tokens.device) for start, n in zip(starts, counts, strict=True)
         ]
-        return cls(tokens, counts, starts, torch.cat(positions), cache, sources)
+        return cls(tokens, counts, starts, torch.cat(positions), cache, sources, observed=observed)
 
     def append(self, layer: int, name: str, rows: Shaped[Tensor, "T width"]) -> list[Shaped[Tensor, "_ width"]]:
         """Gives each sequence its new rows of a layer's stream, one per token, and returns all the rows each may see.

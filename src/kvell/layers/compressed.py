@@ -23,9 +23,13 @@ own through the second; the first entry has no window before. Entries stand at t
 t sees entry j if its window is complete: j < (t + 1) // ratio.
 
 The indexer has entries of its own and scores them by relu(q . k), weighted and summed over its heads; the best
-`top_k` visible ones are attended to, of equal ones the first. The choice has no gradient: `step.index_losses`
+`top_k` visible ones are attended to, of equal ones the first. The choice has no gradient: `step.observed`
 collects a loss that trains it (DeepSeek V3.2, arXiv 2512.02556, section 2.1): the divergence of its scores' softmax
 from where the attention of all heads really goes.
+
+A layer with `kv_source` reads the rows and the entries of an earlier layer, and has no Wkv and no compressor of its
+own (cross-layer sharing, as for keys and values). It picks among those entries with an indexer of its own, takes the
+picks that its source made for the same tokens (`source_picks`), or attends to all of them.
 
 What a sequence must remember: window - 1 rows of kv, every entry, and the raw rows that entries to come still need,
 ratio - 1 of them, or 2 * ratio - 1 with overlap. What people get wrong: the position of an entry, other rotary
@@ -33,11 +37,11 @@ settings for the window's keys than for the entries in layers that have both, an
 """
 
 from functools import partial
-from typing import TYPE_CHECKING, Annotated, ClassVar, Literal, Self
+from typing import TYPE_CHECKING, Annotated, ClassVar, Literal, NamedTuple, Self
 
 import torch
 from jaxtyping import Float, Int
-from pydantic import Field, PositiveInt, model_validator
+from pydantic import Field, NonNegativeInt, PositiveInt, model_validator
 from torch import Tensor, nn
 
 from kvell.cache import StreamSpec
@@ -45,6 +49,7 @@ from kvell.kernels.compressed import attention_mass, compressed_attention
 from kvell.kernels.rounding import hadamard, round_fp4, round_fp8
 from kvell.layers.compressor import Compressor, EntryCompressor, entry_streams
 from kvell.layers.indexer import EntryIndexer, Indexer
+from kvell.layers.key_values import KEY_VALUES, unlike
 from kvell.layers.norms import RMSNorm
 from kvell.layers.part import Part, Site
 from kvell.layers.precision import KeepsFp32
@@ -62,8 +67,9 @@ class Compressed(Part):
 
     `sliding_window` counts the token itself. `rotary` turns the last `rotary_width` channels of every head, of the
     entries and of the indexer's heads. `query_rank` is the width of c_t, `output_rank` that of each of the
-    `output_groups`. `released_rounding` simulates the rounding of the released inference code: keys, values and
-    entries to FP8 (what is not turned, in blocks of 64), the indexer's to FP4 after a Hadamard transform.
+    `output_groups`. The `compressor` of a layer with `kv_source` says how its source's entries were made: both must
+    say the same. `released_rounding` simulates the rounding of the released inference code: keys, values and entries
+    to FP8 (what is not turned, in blocks of 64), the indexer's to FP4 after a Hadamard transform.
     """
 
     kind: Literal["compressed"] = "compressed"
@@ -77,9 +83,9 @@ class Compressed(Part):
     output_rank: PositiveInt
     compressor: Compressor | None = None
     indexer: Indexer | None = None
+    kv_source: NonNegativeInt | None = None
+    source_picks: bool = False
     released_rounding: bool = False
-
-    kv_source: ClassVar[None] = None
 
     @model_validator(mode="after")
     def _parts_fit(self) -> Self:
@@ -87,6 +93,10 @@ class Compressed(Part):
             raise ValueError(f"num_heads {self.num_heads} is not a multiple of output_groups {self.output_groups}")
         if self.indexer is not None and self.compressor is None:
             raise ValueError("an indexer picks among compressed entries: there is no compressor")
+        if self.source_picks and self.kv_source is None:
+            raise ValueError("source_picks: there is no kv_source whose picks these could be")
+        if self.source_picks and self.indexer is not None:
+            raise ValueError("source_picks: the picks are the source's or the layer's own indexer's, not both")
         if self.rotary.kind == "proportional" or self.rotary.fraction != 1:
             raise ValueError("rotary: rotary_width says how many channels turn: give it a fraction of 1")
         for owner, width in (("head_dim", self.head_dim), ("indexer.head_dim", self._index_width)):
@@ -113,12 +123,14 @@ class Compressed(Part):
         return CompressedAttention(self, site)
 
     def streams(self) -> tuple[StreamSpec, ...]:
-        """What a sequence must remember for this layer."""
-        specs = [StreamSpec("window", self.head_dim, self.sliding_window - 1)]
-        if self.compressor is not None:
-            specs += entry_streams("entry", self.compressor, self.head_dim)
-            if self.indexer is not None:
-                specs += entry_streams("index", self.compressor, self.indexer.head_dim)
+        """What a sequence must remember for this layer: its indexer's entries alone where it reads another's rows."""
+        specs: list[StreamSpec] = []
+        if self.kv_source is None:
+            specs.append(StreamSpec("window", self.head_dim, self.sliding_window - 1))
+            if self.compressor is not None:
+                specs += entry_streams("entry", self.compressor, self.head_dim)
+        if self.indexer is not None and self.compressor is not None:
+            specs += entry_streams("index", self.compressor, self.indexer.head_dim)
         return tuple(specs)
 
     def full_attention_width(self) -> int:
@@ -126,7 +138,13 @@ class Compressed(Part):
         return self.head_dim
 
     def check_source(self, source: Part) -> str | None:
-        return "a compressed layer makes rows of its own"
+        """Why this layer cannot read `source`'s rows, entries and picks, or None where it can."""
+        if not isinstance(source, Compressed):
+            return "which is no compressed layer"
+        if self.source_picks and source.indexer is None:
+            return "which has no indexer whose picks could be taken"
+        fields = ("head_dim", "rotary", "rotary_width", "compressor", "released_rounding")
+        return unlike(self, source, fields)
 
     def describe(self) -> dict[str, object]:
         """What `kvell inspect` says of this layer."""
@@ -135,15 +153,26 @@ class Compressed(Part):
             compression = f"1 entry per {self.compressor.ratio}" + (" overlapping" if self.compressor.overlap else "")
             if self.indexer is not None:
                 compression += f", top {self.indexer.top_k}"
+            elif self.source_picks:
+                compression += f", those of layer {self.kv_source}"
         return {
             "num_heads": self.num_heads,
             "num_kv_heads": 1,
             "head_dim": self.head_dim,
             "sliding_window": self.sliding_window,
-            "kv_source": None,
+            "kv_source": self.kv_source,
             "rotary": f"{self.rotary.describe()} of the last {self.rotary_width}",
             "compression": compression,
         }
+
+
+class Rows(NamedTuple):
+    """What each sequence's queries may see: a list each, of the rows (S, D) of the window, of the entries (E, D), and
+    of every query's picks among them, None for all visible ones."""
+
+    window: list[Tensor]
+    entries: list[Tensor]
+    picks: list[Tensor | None]
 
 
 class CompressedAttention(KeepsFp32):
@@ -157,8 +186,9 @@ class CompressedAttention(KeepsFp32):
         self.q_a_norm = RMSNorm(config.query_rank, site.norm_eps)
         self.q_b_proj = nn.Linear(config.query_rank, heads * width, bias=False)
         self.q_norm = RMSNorm(width, site.norm_eps, weighted=False)
-        self.kv_proj = nn.Linear(hidden, width, bias=False)
-        self.kv_norm = RMSNorm(width, site.norm_eps)
+        if config.kv_source is None:
+            self.kv_proj = nn.Linear(hidden, width, bias=False)
+            self.kv_norm = RMSNorm(width, site.norm_eps)
         self.sink = nn.Parameter(torch.zeros(heads, dtype=torch.float32))
         # The rows of o_a_proj are the groups' projections, one after another.
         groups, rank = config.output_groups, config.output_rank
@@ -168,15 +198,15 @@ class CompressedAttention(KeepsFp32):
         if config.compressor is not None:
             rotary, turned = config.rotary, config.rotary_width
             rounding = partial(round_unturned, turned=turned) if config.released_rounding else None
-            self.compressor = EntryCompressor(config.compressor, site, "entry", width, rotary, turned, rounding)
+            if config.kv_source is None:
+                self.compressor = EntryCompressor(config.compressor, site, "entry", width, rotary, turned, rounding)
             if config.indexer is not None:
                 rank, to_index = config.query_rank, round_index if config.released_rounding else None
                 self.indexer = EntryIndexer(config.indexer, config.compressor, site, rank, rotary, turned, to_index)
 
     def forward(self, x: Float[Tensor, "T C"], step: "Step", wanted: "Step | None" = None) -> Float[Tensor, "W C"]:
         """`wanted` narrows the queries to some of the step's tokens: W = T without it."""
-        rows = step.append(self.index, "window", self._rows(x, step))
-        entries = [row[:0] for row in rows] if self.compressor is None else self.compressor(x, step)
+        seen = self._seen(x, step)
         index_entries = None if self.indexer is None else self.indexer.compressor(x.detach(), step)
         if wanted is not None:
             x, step = wanted.select(x), wanted
@@ -186,21 +216,37 @@ class CompressedAttention(KeepsFp32):
         queries = turn.rotate_last(query).split(step.counts)
         visible = self._visible(step)
         scale, window = self.config.head_dim**-0.5, self.config.sliding_window
-        picks: list[Tensor | None] = [None] * len(entries)
         if self.indexer is not None and index_entries is not None:
             questions = self.indexer(x.detach(), low_rank.detach(), turn)
-            picks = self.indexer.pick(questions, index_entries, visible, step)
-            if step.index_losses is not None:
+            seen = seen._replace(picks=self.indexer.pick(questions, index_entries, visible, step))
+            if step.observed is not None:
                 masses = [
                     attention_mass(*own, self.sink, scale=scale, window=window)
-                    for own in zip(queries, rows, entries, visible, strict=True)
+                    for own in zip(queries, seen.window, seen.entries, visible, strict=True)
                 ]
-                step.index_losses.append(self.indexer.loss(questions, index_entries, visible, masses, step))
+                step.observed.index_losses[self.index] = self.indexer.loss(
+                    questions, index_entries, visible, masses, step
+                )
+        step.leave(self.index, KEY_VALUES, seen)
         outputs = [
             compressed_attention(*own, self.sink, scale=scale, window=window)
-            for own in zip(queries, rows, entries, visible, picks, strict=True)
+            for own in zip(queries, seen.window, seen.entries, visible, seen.picks, strict=True)
         ]
         return self._project(turn.inverse().rotate_last(torch.cat(outputs)))
+
+    def _seen(self, x: Float[Tensor, "T C"], step: "Step") -> Rows:
+        """The rows and entries of the past and of this step, the layer's own or its source's, and the source's picks
+        where they are taken."""
+        if self.config.kv_source is None:
+            rows = step.append(self.index, "window", self._rows(x, step))
+            entries = [row[:0] for row in rows] if self.compressor is None else self.compressor(x, step)
+            return Rows(rows, entries, [None] * len(rows))
+        source: Rows = step.made[self.config.kv_source, KEY_VALUES]
+        if not self.config.source_picks:
+            return source._replace(picks=[None] * len(source.picks))
+        # The source may have picked for all tokens of a step of which only the last are left.
+        picks = [own if own is None else own[-count:] for own, count in zip(source.picks, step.counts, strict=True)]
+        return source._replace(picks=picks)
 
     def init_parameters(self) -> None:
         self.sink.zero_()

@@ -10,7 +10,8 @@ size C. A short causal convolution and a mean between queries and keys make up f
     value_t = [Wv1 x_t; Wv2 x_(t-1)]                         half the channels come from the token before
     y       = Wo attention(rotate(query), rotate(key), value)
 
-`normalised` divides by the L2 norm and multiplies by sqrt(D).
+`normalised` divides by the L2 norm and multiplies by sqrt(D). A layer with `kv_source` reads the keys and values of
+an earlier layer (key_values.py): it convolves its queries alone, and in place of m_q stands q itself.
 
 What a sequence must remember besides keys and values: the last rows of [q; k] BEFORE the convolution, as many as it
 looks back on (2), and the last delayed half of a value. What people get wrong: the state of a chunk shorter than the
@@ -18,16 +19,17 @@ kernels (rows shift, they are not replaced), and the beginning: zeros stand befo
 second one sees its bias there. Nothing but a sequence's own rows ever enters the convolution.
 """
 
-from typing import TYPE_CHECKING, Annotated, ClassVar, Literal, Self
+from typing import TYPE_CHECKING, Annotated, Literal, Self
 
 import torch
 from jaxtyping import Float
-from pydantic import Field, PositiveInt, model_validator
+from pydantic import Field, NonNegativeInt, PositiveInt, model_validator
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from kvell.cache import StreamSpec
 from kvell.kernels.attention import attention
+from kvell.layers.key_values import KEY_VALUES, KeyValues, unlike
 from kvell.layers.part import Part, Site
 from kvell.layers.rotary import Rotary, check_turns
 
@@ -49,9 +51,8 @@ class Convolutional(Part):
     rotary: Rotary | None
     depthwise_kernel: PositiveInt = 2
     grouped_kernel: PositiveInt = 2
+    kv_source: NonNegativeInt | None = None
     bias: bool = False
-
-    kv_source: ClassVar[None] = None
 
     @model_validator(mode="after")
     def _heads_divide(self) -> Self:
@@ -63,8 +64,13 @@ class Convolutional(Part):
 
     @property
     def channels(self) -> int:
-        """Channels that are convolved: those of all query and KV heads."""
-        return (self.num_heads + self.num_kv_heads) * self.head_dim
+        """Channels that are convolved: those of all heads that the layer makes."""
+        return (self.num_heads + self.own_kv_heads) * self.head_dim
+
+    @property
+    def own_kv_heads(self) -> int:
+        """KV heads that the layer makes itself."""
+        return self.num_kv_heads if self.kv_source is None else 0
 
     @property
     def reach(self) -> int:
@@ -75,13 +81,16 @@ class Convolutional(Part):
         return ConvolutionalAttention(self, site)
 
     def streams(self) -> tuple[StreamSpec, ...]:
-        """What a sequence must remember for this layer."""
+        """What a sequence must remember for this layer: raw rows alone where it reads another layer's keys."""
+        raw = StreamSpec("query_key", self.channels, self.reach)
+        if self.kv_source is not None:
+            return (raw,)
         width = self.num_kv_heads * self.head_dim
         past = None if self.sliding_window is None else self.sliding_window - 1
         return (
             StreamSpec("key", width, past),
             StreamSpec("value", width, past),
-            StreamSpec("query_key", self.channels, self.reach),
+            raw,
             StreamSpec("delayed_value", width // 2, 1),
         )
 
@@ -90,7 +99,10 @@ class Convolutional(Part):
         return 2 * self.num_kv_heads * self.head_dim
 
     def check_source(self, source: Part) -> str | None:
-        return "a convolutional layer makes keys of its own"
+        """Why this layer cannot read `source`'s keys and values, or None where it can."""
+        if getattr(source, "kind", None) not in ("grouped_query", "convolutional"):
+            return "which keeps no keys and values per head"
+        return unlike(self, source, ("num_kv_heads", "head_dim", "rotary"))
 
     def describe(self) -> dict[str, object]:
         """What `kvell inspect` says of this layer."""
@@ -99,7 +111,7 @@ class Convolutional(Part):
             "num_kv_heads": self.num_kv_heads,
             "head_dim": self.head_dim,
             "sliding_window": self.sliding_window,
-            "kv_source": None,
+            "kv_source": self.kv_source,
             "rotary": None if self.rotary is None else self.rotary.describe(),
             "compression": f"convolutions of {self.depthwise_kernel} and {self.grouped_kernel}",
         }
@@ -112,31 +124,33 @@ class ConvolutionalAttention(nn.Module):
         hidden, bias = site.hidden_size, config.bias
         query_width, key_width = config.num_heads * config.head_dim, config.num_kv_heads * config.head_dim
         self.q_proj = nn.Linear(hidden, query_width, bias=bias)
-        self.k_proj = nn.Linear(hidden, key_width, bias=bias)
-        self.v_proj_current = nn.Linear(hidden, key_width // 2, bias=bias)
-        self.v_proj_delayed = nn.Linear(hidden, key_width // 2, bias=bias)
-        channels, heads = config.channels, config.num_heads + config.num_kv_heads
+        if config.kv_source is None:
+            self.k_proj = nn.Linear(hidden, key_width, bias=bias)
+            self.v_proj_current = nn.Linear(hidden, key_width // 2, bias=bias)
+            self.v_proj_delayed = nn.Linear(hidden, key_width // 2, bias=bias)
+            self.temperature = nn.Parameter(torch.ones(config.num_kv_heads))
+        channels, heads = config.channels, config.num_heads + config.own_kv_heads
         self.conv_depthwise = nn.Conv1d(channels, channels, config.depthwise_kernel, groups=channels)
         self.conv_grouped = nn.Conv1d(channels, channels, config.grouped_kernel, groups=heads)
-        self.temperature = nn.Parameter(torch.ones(config.num_kv_heads))
         self.o_proj = nn.Linear(query_width, hidden, bias=bias)
 
     def forward(self, x: Float[Tensor, "T C"], step: "Step", wanted: "Step | None" = None) -> Float[Tensor, "W C"]:
         """`wanted` narrows the queries to some of the step's tokens: W = T without it."""
         config = self.config
-        query, key = self._query_and_key(x, step)
-        value = self._value(x, step)
-        if config.rotary is not None:
-            key = step.rotary(config.rotary, config.head_dim, x.dtype).rotate(key)
-        heads = (config.num_kv_heads, config.head_dim)
-        keys = [rows.unflatten(1, heads) for rows in step.append(self.index, "key", key.flatten(1))]
-        values = [rows.unflatten(1, heads) for rows in step.append(self.index, "value", value)]
+        if config.kv_source is None:
+            query, key = self._query_and_key(x, step)
+            seen = self._append(key, self._value(x, step), step)
+            step.leave(self.index, KEY_VALUES, seen)
+        else:
+            query, seen = self._query(x, step), step.made[config.kv_source, KEY_VALUES]
         if wanted is not None:
             query, step = wanted.select(query), wanted
         if config.rotary is not None:
             query = step.rotary(config.rotary, config.head_dim, x.dtype).rotate(query)
         scale, window = config.head_dim**-0.5, config.sliding_window
-        return self.o_proj(attention(query, keys, values, step.counts, scale=scale, window=window).flatten(1))
+        return self.o_proj(
+            attention(query, seen.keys, seen.values, step.counts, scale=scale, window=window).flatten(1)
+        )
 
     def _query_and_key(
         self, x: Float[Tensor, "T C"], step: "Step"
@@ -152,6 +166,20 @@ class ConvolutionalAttention(nn.Module):
         query = normalised(convolved[:, : config.num_heads] + query_mean)
         key = normalised(convolved[:, config.num_heads :] + key_mean)
         return query, key * self.temperature[:, None]
+
+    def _query(self, x: Float[Tensor, "T C"], step: "Step") -> Float[Tensor, "T H D"]:
+        """The same where the keys are another layer's."""
+        rows = self.q_proj(x)
+        return normalised((self._convolve(rows, step) + rows).unflatten(1, (-1, self.config.head_dim)))
+
+    def _append(self, key: Float[Tensor, "T K D"], value: Float[Tensor, "T KD"], step: "Step") -> KeyValues:
+        """This step's keys, rotated, and values, joined to those its sequences remember."""
+        config, heads = self.config, (self.config.num_kv_heads, self.config.head_dim)
+        if config.rotary is not None:
+            key = step.rotary(config.rotary, config.head_dim, key.dtype).rotate(key)
+        keys = step.append(self.index, "key", key.flatten(1))
+        values = step.append(self.index, "value", value)
+        return KeyValues([rows.unflatten(1, heads) for rows in keys], [rows.unflatten(1, heads) for rows in values])
 
     def _convolve(self, rows: Float[Tensor, "T channels"], step: "Step") -> Float[Tensor, "T channels"]:
         """Both convolutions over every sequence, each behind the rows that it remembers.

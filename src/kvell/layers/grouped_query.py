@@ -6,14 +6,10 @@
 
 Query head h reads KV head h // (heads / KV heads). Each layer has its own number of query heads (layer-wise
 attention budgeting, Laguna XS.2), its own head width (Gemma 4) and its own sliding window. A layer with `kv_source`
-has no keys and values at all: it reads those that the source layer made in this step (cross-layer KV sharing;
-Brandon et al. 2024, arXiv 2405.12981; Gemma 4).
-
-What people get wrong: a shared layer must see the keys of the whole step, not what its source's sliding window
-still holds afterwards; and it writes nothing to the cache.
+has no keys and values at all: it reads another layer's, which may also be a convolutional one; see key_values.py.
 """
 
-from typing import TYPE_CHECKING, Annotated, Literal, NamedTuple, Self
+from typing import TYPE_CHECKING, Annotated, Literal, Self
 
 from jaxtyping import Float
 from pydantic import Field, NonNegativeInt, PositiveFloat, PositiveInt, model_validator
@@ -22,15 +18,13 @@ from torch.nn import functional as F
 
 from kvell.cache import StreamSpec
 from kvell.kernels.attention import attention
+from kvell.layers.key_values import KEY_VALUES, KeyValues, unlike
 from kvell.layers.norms import RMSNorm
 from kvell.layers.part import Part, Site
 from kvell.layers.rotary import Rotary, check_turns
 
 if TYPE_CHECKING:
     from kvell.step import Step
-
-
-KEY_VALUES = "key_values"
 
 
 class GroupedQuery(Part):
@@ -82,17 +76,9 @@ class GroupedQuery(Part):
 
     def check_source(self, source: Part) -> str | None:
         """Why this layer cannot read `source`'s keys and values, or None where it can."""
-        if not isinstance(source, GroupedQuery):
-            return "which is no grouped-query layer"
-        if source.kv_source is not None:
-            return f"which has no keys of its own (it reads layer {source.kv_source})"
-        for field in ("num_kv_heads", "head_dim", "rotary"):
-            mine, theirs = getattr(self, field), getattr(source, field)
-            if mine != theirs:
-                return f"whose {field} differs: {theirs}, not {mine}"
-        if source.sliding_window is not None and (self.sliding_window or float("inf")) > source.sliding_window:
-            return f"whose window of {source.sliding_window} is shorter than this layer's {self.sliding_window}"
-        return None
+        if getattr(source, "kind", None) not in ("grouped_query", "convolutional"):
+            return "which keeps no keys and values per head"
+        return unlike(self, source, ("num_kv_heads", "head_dim", "rotary"))
 
     def describe(self) -> dict[str, object]:
         """What `kvell inspect` says of this layer."""
@@ -105,13 +91,6 @@ class GroupedQuery(Part):
             "rotary": None if self.rotary is None else self.rotary.describe(),
             "compression": None,
         }
-
-
-class KeyValues(NamedTuple):
-    """The keys and values each sequence may see, past and present: a list of (S, K, D), one per sequence."""
-
-    keys: list[Tensor]
-    values: list[Tensor]
 
 
 class GroupedQueryAttention(nn.Module):

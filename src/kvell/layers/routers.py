@@ -15,7 +15,12 @@ Scores are fp32. Of equal scores the expert of the lowest index is chosen. What 
 biased score; normalising a single probability to 1.
 
 A router is built with the mixture's number of experts E and top_k k. It returns the weights (T, k) and the experts
-(T, k), where E stands for none.
+(T, k), where E stands for none, and leaves with `step.observed`, where training asks for it, what balances the load:
+
+    loads_e = how many tokens chose e
+    loss    = E sum_e (loads_e / (k T)) mean_t(score_te / sum_e score_te)     (Fedus et al. 2021, arXiv 2101.03961,
+                                                                               equations 4 to 6): 1 where it is even
+    rebalance: bias_e += rate * sign(mean load - loads_e)                     (Wang et al. 2024, algorithm 1)
 """
 
 from collections.abc import Callable
@@ -116,7 +121,7 @@ class ScoreRouting(KeepsFp32):
         softcap: float = 0.0,
     ) -> None:
         super().__init__()
-        self.top_k, self.score, self.softcap = top_k, score, softcap
+        self.index, self.top_k, self.score, self.softcap = site.index, top_k, score, softcap
         self.proj = nn.Linear(site.hidden_size, num_experts, bias=False)
         # Moved by load balancing, not by the loss.
         self.selection_bias = nn.Parameter(torch.zeros(num_experts, dtype=torch.float32), requires_grad=False)
@@ -127,7 +132,12 @@ class ScoreRouting(KeepsFp32):
             logits = torch.tanh(logits / self.softcap) * self.softcap
         scores = self.score(logits)
         chosen = top_k_lowest_first(scores + self.selection_bias, self.top_k)
+        observe(step, self.index, scores, chosen)
         return normalised(scores.gather(-1, chosen)).to(x.dtype), chosen
+
+    def rebalance(self, loads: Int[Tensor, " E"], rate: float) -> None:
+        """Moves the selection bias against the load of the last step."""
+        self.selection_bias.add_(towards_even(loads).to(self.selection_bias), alpha=rate)
 
 
 class HashRouting(nn.Module):
@@ -159,7 +169,7 @@ class HashRouting(nn.Module):
 class SoftmaxRouting(nn.Module):
     def __init__(self, site: Site, num_experts: int, top_k: int) -> None:
         super().__init__()
-        self.top_k = top_k
+        self.index, self.top_k = site.index, top_k
         self.norm = RMSNorm(site.hidden_size, site.norm_eps, weighted=False)
         self.scale = nn.Parameter(torch.ones(site.hidden_size))
         self.proj = nn.Linear(site.hidden_size, num_experts, bias=False)
@@ -169,6 +179,7 @@ class SoftmaxRouting(nn.Module):
         logits = self.proj(self.norm(x) * self.scale * x.shape[-1] ** -0.5)
         probabilities = logits.softmax(-1, dtype=torch.float32)
         chosen = top_k_lowest_first(probabilities, self.top_k)
+        observe(step, self.index, probabilities, chosen)
         weights = normalised(probabilities.gather(-1, chosen)) * self.expert_scale[chosen]
         return weights.to(x.dtype), chosen
 
@@ -198,13 +209,34 @@ class MLPRouting(KeepsFp32):
         hidden = F.gelu(self.fc2(F.gelu(self.fc1(self.norm(state)))))
         probabilities = self.out_proj(hidden).softmax(-1, dtype=torch.float32)
         chosen = top_k_lowest_first(probabilities + self.selection_bias, self.top_k)
+        observe(step, self.index, probabilities, chosen)
         return probabilities.gather(-1, chosen).to(x.dtype), chosen
+
+    def rebalance(self, loads: Int[Tensor, " E"], rate: float) -> None:
+        """Moves the selection bias against the load of the last step."""
+        self.selection_bias.add_(towards_even(loads), alpha=rate)
 
     def init_parameters(self) -> None:
         """The skip expert starts out of reach."""
         self.selection_bias.zero_()
         if self.config.skip_expert is not None:
             self.selection_bias[-1] = -1.0
+
+
+def observe(step: "Step", layer: int, scores: Float[Tensor, "T E"], chosen: Int[Tensor, "T k"]) -> None:
+    """Leaves a router's loads and auxiliary loss where training asks for them."""
+    if step.observed is None:
+        return
+    classes = scores.shape[1]
+    loads = torch.bincount(chosen.flatten(), minlength=classes)
+    share = (scores / scores.sum(-1, keepdim=True).clamp_min(1e-20)).mean(0)
+    step.observed.expert_loads[layer] = loads
+    step.observed.balance_losses[layer] = classes * (loads / chosen.numel() * share).sum()
+
+
+def towards_even(loads: Int[Tensor, " E"]) -> Float[Tensor, " E"]:
+    """+1 for a class with less than the mean load, -1 for one with more."""
+    return torch.sign(loads.float().mean() - loads.float())
 
 
 def normalised(scores: Float[Tensor, "T k"]) -> Float[Tensor, "T k"]:

@@ -1,0 +1,38 @@
+"""Keys and values that one layer makes and others read (cross-layer KV sharing; Brandon et al. 2024, arXiv
+2405.12981; Gemma 4), for every attention that keeps keys and values per head.
+
+A layer with `kv_source` makes no keys and values: it reads those that its source made in this step. What people get
+wrong: it must see the keys of the whole step, not what the source's sliding window still holds afterwards; and it
+writes none to the cache.
+"""
+
+from typing import NamedTuple
+
+from torch import Tensor
+
+from kvell.layers.part import Part
+
+KEY_VALUES = "key_values"
+
+
+class KeyValues(NamedTuple):
+    """The keys and values each sequence may see, past and present: a list of (S, K, D), one per sequence."""
+
+    keys: list[Tensor]
+    values: list[Tensor]
+
+
+def unlike(mine: Part, source: Part, fields: tuple[str, ...]) -> str | None:
+    """Why a layer cannot read what `source` makes: another layer's rows, a field that differs, a window too short.
+    None where it can."""
+    source_of_source: int | None = getattr(source, "kv_source", None)
+    if source_of_source is not None:
+        return f"which has no keys of its own (it reads layer {source_of_source})"
+    for field in fields:
+        ours, theirs = getattr(mine, field), getattr(source, field)
+        if ours != theirs:
+            return f"whose {field} differs: {theirs}, not {ours}"
+    window, reach = getattr(mine, "sliding_window", None), getattr(source, "sliding_window", None)
+    if reach is not None and (window is None or window > reach):
+        return f"whose window of {reach} is shorter than this layer's {window}"
+    return None
