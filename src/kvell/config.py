@@ -7,7 +7,7 @@ it reads, which feed-forward, where the norms stand.
 import hashlib
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal, Self
+from typing import Any, Literal, Self, get_args, get_origin
 
 from pydantic import NonNegativeInt, PositiveFloat, PositiveInt, ValidationError, model_validator
 
@@ -79,7 +79,7 @@ class ModelConfig(Part):
         try:
             super().__init__(**fields)
         except ValidationError as error:
-            raise ConfigError(one_line(error, "config", fields)) from None
+            raise ConfigError(one_line(error, "config", fields, type(self))) from None
 
     @model_validator(mode="after")
     def _layers_fit_together(self) -> Self:
@@ -167,16 +167,38 @@ class ModelConfig(Part):
         return self.model_dump_json(indent=2)
 
 
-def one_line(error: ValidationError, where: str, values: Any) -> str:
-    """The first problem of a failed validation, with the path to it in the values, and how many more there are."""
+def one_line(error: ValidationError, where: str, values: Any, part: type[Part]) -> str:
+    """The first problem of a failed validation of a `part`, with the path to it in the values, what is allowed there,
+    and how many more problems there are."""
     problems = error.errors()
     first = problems[0]
     path = ".".join(_steps(first["loc"], values))
     message = first["msg"].removeprefix("Value error, ")
     if first["type"] == "union_tag_not_found":
         message = "kind is missing"
+    elif first["type"] == "union_tag_invalid":
+        message = f"kind {first['ctx']['tag']!r} is unknown; known are {first['ctx']['expected_tags']}"
+    elif first["type"] == "extra_forbidden" and (owner := _part_at(part, first["loc"][:-1])) is not None:
+        message = f"unknown field; allowed are {', '.join(owner.model_fields)}"
     more = f" (and {len(problems) - 1} more)" if len(problems) > 1 else ""
     return f"{where}: {path + ': ' if path else ''}{message}{more}"
+
+
+def _part_at(annotation: Any, location: Sequence[int | str]) -> type[Part] | None:
+    """The kind of part that stands at a place of an annotated tree, if one does."""
+    if isinstance(annotation, type) and issubclass(annotation, Part):
+        if not location:
+            return annotation
+        step, *rest = location
+        fields = annotation.model_fields
+        if step in fields:
+            return _part_at(fields[step].annotation, rest)
+        is_kind = "kind" in fields and step == fields["kind"].default
+        return _part_at(annotation, rest) if is_kind else None
+    if get_origin(annotation) is tuple and location and isinstance(location[0], int):
+        location = location[1:]
+    found = (_part_at(inner, location) for inner in get_args(annotation))
+    return next((one for one in found if one is not None), None)
 
 
 def _steps(location: tuple[int | str, ...], values: Any) -> Iterator[str]:

@@ -5,7 +5,6 @@ prompts, a ragged batch and packed documents are all the same thing here: a list
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -18,7 +17,6 @@ from kvell.layers.rotary import AnyRotary, RotaryTable, rotary_table
 Left = tuple[int, str]  # the index of the layer that left something, and what it is
 
 
-@dataclass
 class Observed:
     """What training wants to know of a step besides its logits; layers write into it where there is one.
 
@@ -27,12 +25,14 @@ class Observed:
     nothing counts twice where activation checkpointing runs a layer again.
     """
 
-    index_losses: dict[int, Tensor] = field(default_factory=dict)
-    expert_loads: dict[int, Tensor] = field(default_factory=dict)
-    balance_losses: dict[int, Tensor] = field(default_factory=dict)
+    # Neither this nor Step is a dataclass: FSDP copies those where they pass a sharded module, and what the module
+    # leaves in its copy would be lost.
+    def __init__(self) -> None:
+        self.index_losses: dict[int, Tensor] = {}
+        self.expert_loads: dict[int, Tensor] = {}
+        self.balance_losses: dict[int, Tensor] = {}
 
 
-@dataclass
 class Step:
     """One step: `counts[b]` new tokens of sequence b, which holds `starts[b]` already; at their `positions`.
 
@@ -42,16 +42,24 @@ class Step:
     alive. `observed` collects what training asks for.
     """
 
-    tokens: Int[Tensor, " T"]
-    counts: list[int]
-    starts: list[int]
-    positions: Int[Tensor, " T"]
-    cache: Cache | None = None
-    sources: frozenset[Left] = frozenset()
-    made: dict[Left, Any] = field(default_factory=dict)
-    observed: Observed | None = None
-    _rows: Int[Tensor, " W"] | None = None
-    _tables: dict[Any, RotaryTable] = field(default_factory=dict)
+    def __init__(
+        self,
+        tokens: Int[Tensor, " T"],
+        counts: list[int],
+        starts: list[int],
+        positions: Int[Tensor, " T"],
+        cache: Cache | None = None,
+        sources: frozenset[Left] = frozenset(),
+        observed: Observed | None = None,
+        made: dict[Left, Any] | None = None,
+        rows: Int[Tensor, " W"] | None = None,
+    ) -> None:
+        """`rows` are those of a whole step that a narrowed one is about."""
+        self.tokens, self.counts, self.starts, self.positions = tokens, counts, starts, positions
+        self.cache, self.sources, self.observed = cache, sources, observed
+        self.made: dict[Left, Any] = {} if made is None else made
+        self._rows = rows
+        self._tables: dict[Any, RotaryTable] = {}
 
     @classmethod
     def of(
@@ -67,7 +75,7 @@ class Step:
         positions = [
             torch.arange(start, start + n, device=tokens.device) for start, n in zip(starts, counts, strict=True)
         ]
-        return cls(tokens, counts, starts, torch.cat(positions), cache, sources, observed=observed)
+        return cls(tokens, counts, starts, torch.cat(positions), cache, sources, observed)
 
     def append(self, layer: int, name: str, rows: Shaped[Tensor, "T width"]) -> list[Shaped[Tensor, "_ width"]]:
         """Gives each sequence its new rows of a layer's stream, one per token, and returns all the rows each may see.
@@ -114,8 +122,9 @@ class Step:
             self.positions[ends],
             self.cache,
             self.sources,
+            self.observed,
             self.made,
-            _rows=ends,
+            ends,
         )
 
     def select(self, x: Shaped[Tensor, "T *rest"]) -> Shaped[Tensor, "W *rest"]:

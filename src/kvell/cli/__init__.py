@@ -15,11 +15,13 @@ from kvell import __version__
 from kvell.cli import console
 from kvell.cli.generate import generate
 from kvell.cli.inspect import inspect
+from kvell.cli.train import train
 from kvell.errors import KvellError
 
 application = typer.Typer(add_completion=False, pretty_exceptions_enable=False, rich_markup_mode=None)
 application.command()(generate)
 application.command()(inspect)
+application.command()(train)
 
 
 def _print_version(wanted: bool | None) -> None:

@@ -4,10 +4,13 @@ import os
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from time import monotonic
 from typing import TYPE_CHECKING, TextIO
 
 if TYPE_CHECKING:
     from rich.console import Console
+
+    from kvell.training.loop import StepReport
 
 
 def stderr() -> "Console":
@@ -57,6 +60,28 @@ def progress(description: str, total: int) -> Iterator[Callable[[int], None]]:
     with Progress(*columns, console=stderr(), transient=True, disable=not sys.stderr.isatty()) as bar:
         task = bar.add_task(description, total=total)
         yield lambda completed: bar.update(task, completed=completed)
+
+
+@contextmanager
+def training_progress(steps: int, shown: bool) -> "Iterator[Callable[[StepReport], None]]":
+    """A training run's bar with loss, speed and time left; where stderr is no terminal, a line now and then."""
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+    columns = (BarColumn(), MofNCompleteColumn(), TextColumn("{task.description}"), TimeRemainingColumn())
+    on_terminal = shown and sys.stderr.isatty()
+    with Progress(*columns, console=stderr(), disable=not on_terminal) as bar:
+        task = bar.add_task("reading texts", total=steps)
+        last_line = monotonic()
+
+        def on_step(report: "StepReport") -> None:
+            nonlocal last_line
+            said = f"loss {report.loss:.3f}  {report.tokens_per_second:,.0f} tokens/s"
+            bar.update(task, completed=report.step, description=said)
+            if shown and not on_terminal and (monotonic() - last_line > 30 or report.step == report.steps):
+                last_line = monotonic()
+                print(f"step {report.step} of {report.steps}  {said}", file=sys.stderr, flush=True)
+
+        yield on_step
 
 
 def _one_line(message: str) -> str:

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from kvell.config import ModelConfig
+from kvell.config_file import read_config_file
 from kvell.errors import CheckpointError, ConfigError
 from kvell.families import deepseek_v4, gemma4, laguna, zaya
 from kvell.families.family import Family, Placement, Placements
@@ -37,13 +38,19 @@ def parse_config(values: Mapping[str, Any]) -> ModelConfig:
 
 
 def read_config(path: str | Path) -> ModelConfig:
-    """The config of a directory, a config.json, a built-in name, or a repository on the hub."""
+    """The config of a directory, a config.json, a YAML or JSON file written by hand (config_file.py), a built-in
+    name, or a repository on the hub."""
     if str(path) in builtin_names() and not Path(path).exists():
         text = (resources.files("kvell.families") / "configs" / f"{path}.json").read_text()
         return parse_config(json.loads(text))
     file = locate(path, patterns=["config.json", "generation_config.json"])
     file = file / "config.json" if file.is_dir() else file
-    config = parse_config(read_json(file))
+    if file.suffix in (".yaml", ".yml"):
+        return read_config_file(file)
+    values = read_json(file)
+    if "model_type" not in values and ("layers" in values or "model" in values):
+        return read_config_file(file)
+    config = parse_config(values)
     generation = file.with_name("generation_config.json")
     if generation.is_file() and (ids := read_json(generation).get("eos_token_id")) is not None:
         # Where both files name the ends of a turn, this one is the fuller: Gemma 4's names two, its config one.

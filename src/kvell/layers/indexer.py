@@ -85,7 +85,7 @@ class EntryIndexer(nn.Module):
         questions: Questions,
         entries: Sequence[Float[Tensor, "_ D"]],
         visible: Sequence[Int[Tensor, " _"]],
-        masses: Sequence[Float[Tensor, "_ E"]],
+        masses: Sequence[Float[Tensor, "_ _"]],
         step: "Step",
     ) -> Float[Tensor, ""]:
         """The mean divergence over all queries that give weight to an entry; zero if none does."""

@@ -1,0 +1,50 @@
+"""`kvell train`: from a config file to a model's folder."""
+
+import json
+import os
+import sys
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from kvell.cli import console
+
+if TYPE_CHECKING:
+    pass
+
+
+def train(
+    config: Annotated[str, typer.Argument(help="A run's config, YAML or JSON.", metavar="CONFIG")],
+    out: Annotated[str | None, typer.Option(help="The run's folder, in place of the config's.")] = None,
+    device: Annotated[str | None, typer.Option(help="The device, in place of the config's.")] = None,
+    threads: Annotated[int | None, typer.Option(help="CPU threads to compute with.")] = None,
+    skip_bad: Annotated[
+        bool, typer.Option("--skip-bad", help="Leave out files that are no UTF-8 text or cannot be read.")
+    ] = False,
+    fresh: Annotated[bool, typer.Option("--fresh", help="Discard what the run's folder holds.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print the outcome as JSON.")] = False,
+) -> None:
+    """Train a model, or go on with a run that was stopped.
+
+    The same command goes on where the run's last checkpoint stands. SIGTERM lets the step finish, saves, and ends
+    with exit code 0. Under torchrun the run is divided over its processes.
+    """
+    from kvell.training.loop import train as run
+    from kvell.training.settings import TrainingConfig
+
+    given = {"out": out, "device": device, "threads": threads}
+    settings = TrainingConfig.read(config, {name: value for name, value in given.items() if value is not None})
+    is_first = os.environ.get("RANK", "0") == "0"
+    with console.training_progress(settings.steps, shown=is_first) as on_step:
+        outcome = run(settings, skip_bad=skip_bad, fresh=fresh, on_step=on_step)
+    if not is_first:
+        return
+    if as_json:
+        described = {"reason": outcome.reason, "step": outcome.step, "folder": str(outcome.folder)}
+        print(json.dumps({**described, "evaluation": outcome.evaluation}, indent=2))
+        return
+    print(f"{outcome.reason} after step {outcome.step} of {settings.steps}: {outcome.folder}", file=sys.stderr)
+    if (held_out := outcome.evaluation.get("held_out")) is not None:
+        print(f"held-out text: {held_out['bits_per_byte']:.4f} bits per byte", file=sys.stderr)
+    for name, figures in outcome.evaluation.get("tasks", {}).items():
+        print(f"{name}: {figures['solved']} of {figures['cases']} solved", file=sys.stderr)

@@ -1,0 +1,164 @@
+"""A model's config written by hand: YAML or JSON with named parts and patterns, resolved into a ModelConfig.
+
+    parts:
+      csa: {attention: {kind: compressed, ...}, feed_forward: {kind: gated_mlp, intermediate_size: 512}}
+      hca: {use: csa, attention: {compressor: {ratio: 64, overlap: false}, indexer: null}}
+    layers: {pattern: [csa, hca], repeat: 4}
+
+`layers` is an entry or a list of entries. An entry is a part's name; a layer written out; a part with changes (`use`,
+merged into it at every depth); or a pattern, repeated. A negative `kv_source` or `state_source` counts back from its
+own layer: -4 reads the layer four before. Everything else is as in ModelConfig.
+"""
+
+import json
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from kvell.config import ModelConfig
+from kvell.errors import CheckpointError, ConfigError
+
+Values = dict[str, Any]
+
+
+def read_config_file(path: str | Path) -> ModelConfig:
+    """The model that a file describes: the whole file, or what stands under `model` in a run's config."""
+    values = read_mapping(path)
+    where = Path(path).name
+    if isinstance(values.get("model"), Mapping):
+        values, where = values["model"], f"{where}: model"
+    return resolve(values, where)
+
+
+def read_mapping(path: str | Path) -> Values:
+    """A YAML or JSON file's mapping. CheckpointError for a file that cannot be read, ConfigError for one that is not
+    well-formed, with the line, or that names a key twice."""
+    try:
+        text = Path(path).read_text("utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise CheckpointError(f"{path} cannot be read: {getattr(error, 'strerror', None) or error}") from None
+    try:
+        values = json.loads(text) if Path(path).suffix == ".json" else yaml.load(text, UniqueKeys)
+    except json.JSONDecodeError as error:
+        raise ConfigError(f"{path}: line {error.lineno}, column {error.colno}: {error.msg}") from None
+    except yaml.MarkedYAMLError as error:
+        mark = error.problem_mark
+        place = "" if mark is None else f"line {mark.line + 1}, column {mark.column + 1}: "
+        raise ConfigError(f"{path}: {place}{error.problem or error.context}") from None
+    except yaml.YAMLError as error:
+        raise ConfigError(f"{path}: {error}") from None
+    if not isinstance(values, dict):
+        raise ConfigError(f"{path} holds no mapping of names to values")
+    return values
+
+
+class UniqueKeys(yaml.SafeLoader):
+    """YAML as it is safe to load; a key that comes twice is an error, not the first one's loss."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        seen = set()
+        for key_node, _ in node.value:
+            key = self.construct_object(key_node, deep=True)
+            if key in seen:
+                raise yaml.constructor.ConstructorError(None, None, f"{key!r} stands twice", key_node.start_mark)
+            seen.add(key)
+        return super().construct_mapping(node, deep)
+
+
+def resolve(values: Mapping[str, Any], where: str) -> ModelConfig:
+    """The config that a mapping describes; errors begin with `where` and point at the path in the file."""
+    given = dict(values)
+    parts = given.pop("parts", {})
+    if not isinstance(parts, Mapping):
+        raise ConfigError(f"{where}: parts: a mapping of names to layers, not {parts!r}")
+    entries = given.get("layers")
+    if entries is None:
+        raise ConfigError(f"{where}: layers is missing")
+    origins: list[str] = []
+    layers: list[Values] = []
+    for origin, layer in _expanded(entries, parts, where, "layers"):
+        layers.append(_absolute(layer, len(layers), f"{where}: {origin}"))
+        origins.append(origin)
+    try:
+        return ModelConfig.from_dict({**given, "layers": layers}, where)
+    except ConfigError as error:
+        raise ConfigError(_pointing_home(str(error), where, origins)) from None
+
+
+def _expanded(entry: Any, parts: Mapping[str, Any], where: str, path: str) -> Iterator[tuple[str, Values]]:
+    """The layers that an entry stands for, each with the path in the file it came from."""
+    if isinstance(entry, list):
+        for number, one in enumerate(entry):
+            yield from _expanded(one, parts, where, f"{path}.{number}")
+    elif isinstance(entry, Mapping) and "pattern" in entry:
+        if unknown := sorted(set(entry) - {"pattern", "repeat"}):
+            raise ConfigError(f"{where}: {path}.{unknown[0]}: unknown field; a pattern has pattern and repeat")
+        repeat = entry.get("repeat", 1)
+        if not isinstance(repeat, int) or isinstance(repeat, bool) or repeat < 1:
+            raise ConfigError(f"{where}: {path}.repeat: {repeat!r} is no positive whole number")
+        for _ in range(repeat):
+            yield from _expanded(entry["pattern"], parts, where, f"{path}.pattern")
+    else:
+        yield path, _layer(entry, parts, where, path, ())
+
+
+def _layer(entry: Any, parts: Mapping[str, Any], where: str, path: str, using: tuple[str, ...]) -> Values:
+    """One layer, written out; `using` are the parts on the way here."""
+    if isinstance(entry, str):
+        entry = {"use": entry}
+    if not isinstance(entry, Mapping):
+        raise ConfigError(f"{where}: {path}: a part's name, a layer or a pattern, not {entry!r}")
+    changes = dict(entry)
+    name = changes.pop("use", None)
+    if name is None:
+        return changes
+    if name not in parts:
+        known = ", ".join(parts) if parts else "there are none: write them under parts"
+        raise ConfigError(f"{where}: {path}: no part is named {name!r}; known are {known}")
+    if name in using:
+        raise ConfigError(f"{where}: parts.{name}: uses itself ({' -> '.join([*using, name])})")
+    return merged(_layer(parts[name], parts, where, f"parts.{name}", (*using, name)), changes)
+
+
+def merged(base: Mapping[str, Any], changes: Mapping[str, Any]) -> Values:
+    """`base` with changes at every depth. A part that changes its kind is a new one: it keeps nothing of the old."""
+    result = dict(base)
+    for key, value in changes.items():
+        old = result.get(key)
+        is_same_kind = isinstance(old, Mapping) and isinstance(value, Mapping) and "kind" not in value
+        result[key] = merged(old, value) if is_same_kind and isinstance(old, Mapping) else value
+    return result
+
+
+def _absolute(layer: Values, index: int, path: str) -> Values:
+    """The layer with sources that count back made absolute."""
+
+    def counted(part: Any, inner: str) -> Any:
+        if not isinstance(part, Mapping):
+            return part
+        result = {key: counted(value, f"{inner}.{key}") for key, value in part.items()}
+        for field in ("kv_source", "state_source"):
+            source = result.get(field)
+            if isinstance(source, int) and not isinstance(source, bool) and source < 0:
+                if index + source < 0:
+                    raise ConfigError(
+                        f"{path}: {inner}.{field}: {source} is before the first layer (this is {index})"
+                    )
+                result[field] = index + source
+        return result
+
+    return {key: counted(value, key) for key, value in layer.items()}
+
+
+def _pointing_home(message: str, where: str, origins: list[str]) -> str:
+    """An error about layer i, pointing at where in the file that layer comes from."""
+    head = f"{where}: layers."
+    if not message.startswith(head):
+        return message
+    number, _, rest = message[len(head) :].partition(".")
+    number, _, more = number.partition(":")  # the layer as a whole may be what is wrong
+    if not number.isdigit() or int(number) >= len(origins):
+        return message
+    return f"{where}: {origins[int(number)]} (layer {number}): {rest or more.strip()}"

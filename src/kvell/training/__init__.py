@@ -1,0 +1,1 @@
+"""Training: data, tasks with known answers, losses, optimizers and the loop."""

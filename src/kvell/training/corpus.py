@@ -1,0 +1,104 @@
+"""Texts to learn from: the built-in corpus, files and folders, as named documents."""
+
+import ast
+import hashlib
+import sysconfig
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from kvell.errors import InputError
+from kvell.training.settings import Data, Source, StandardLibrary
+
+# The standard library's tests are not the code one wants continued; the others are generated tables.
+LEFT_OUT = {"site-packages", "dist-packages", "test", "tests", "idle_test", "encodings", "pydoc_data"}
+
+
+@dataclass(frozen=True)
+class Document:
+    """A text and where it came from."""
+
+    name: str
+    text: str
+
+
+@dataclass(frozen=True)
+class Corpus:
+    """Documents to learn from, and those held out; `unreadable` are the files that were left out."""
+
+    training: list[Document]
+    held_out: list[Document]
+    unreadable: list[str]
+
+
+def read_corpus(data: Data, skip_bad: bool = False) -> Corpus:
+    """Every source's documents. InputError, naming and counting them, for files that are no UTF-8 text or cannot be
+    read, unless they are to be skipped; and for a corpus without a text."""
+    documents: list[Document] = []
+    unreadable: list[str] = []
+    for source in data.sources:
+        for name, file in _files(source):
+            try:
+                text = file.read_bytes().decode("utf-8")
+            except (OSError, UnicodeDecodeError) as error:
+                reason = "not UTF-8" if isinstance(error, UnicodeDecodeError) else error.strerror or str(error)
+                unreadable.append(f"{name} ({reason})")
+                continue
+            documents += [document for document in _documents(source, name, text) if document.text.strip()]
+    if unreadable and not skip_bad:
+        shown = ", ".join(unreadable[:5]) + (", ..." if len(unreadable) > 5 else "")
+        raise InputError(f"{len(unreadable)} files cannot be read as text: {shown}; --skip-bad leaves them out")
+    held_out = [document for document in documents if _is_held_out(document, data.held_out)]
+    training = [document for document in documents if not _is_held_out(document, data.held_out)]
+    if not training:
+        raise InputError("the corpus is empty: there is no text to learn from in " + _described(data))
+    return Corpus(training, held_out, unreadable)
+
+
+def _files(source: Source) -> Iterator[tuple[str, Path]]:
+    """A source's files, sorted, by the name their documents get."""
+    if isinstance(source, StandardLibrary):
+        root = Path(sysconfig.get_path("stdlib"))
+        for file in sorted(root.rglob("*.py")):
+            relative = file.relative_to(root)
+            if not LEFT_OUT & set(relative.parts) and not file.name.startswith("_sysconfigdata"):
+                yield relative.as_posix(), file
+        return
+    for path in map(Path, source.paths):
+        if not path.exists():
+            raise InputError(f"data.sources: there is no {path}")
+        found = sorted(file for file in path.rglob(source.pattern) if file.is_file()) if path.is_dir() else [path]
+        yield from ((file.as_posix(), file) for file in found)
+
+
+def _documents(source: Source, name: str, text: str) -> Iterator[Document]:
+    yield Document(name, text)
+    if isinstance(source, StandardLibrary) and source.docstrings:
+        strings = "\n\n".join(docstrings(text))
+        yield Document(f"{name} (documentation)", strings)
+
+
+def docstrings(source: str) -> list[str]:
+    """The documentation strings of a Python source, cleaned of their indentation, in their order."""
+    try:
+        nodes = ast.walk(ast.parse(source))
+    except (SyntaxError, ValueError):  # lib2to3's samples, for one, are Python 2
+        return []
+    owners = (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)
+    found = [ast.get_docstring(node) for node in nodes if isinstance(node, owners)]
+    return [text for text in found if text]
+
+
+def _is_held_out(document: Document, share: float) -> bool:
+    """By a hash of the file's name: the same in every run, and a file's documentation goes with the file."""
+    name = document.name.removesuffix(" (documentation)")
+    return int.from_bytes(hashlib.sha256(name.encode()).digest()[:4], "big") < share * 2**32
+
+
+def _described(data: Data) -> str:
+    return ", ".join(
+        "the standard library"
+        if isinstance(source, StandardLibrary)
+        else f"{', '.join(source.paths)} ({source.pattern})"
+        for source in data.sources
+    )

@@ -1,0 +1,273 @@
+"""The training loop: steps, evaluations and checkpoints, from a config to a model's folder.
+
+Everything that decides what a step does is a function of the config and the step's number, so a run that was stopped
+goes on as if it had not been: model, optimizers and random state come from the checkpoint, the data from the step.
+"""
+
+import signal
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+import tokenizers
+import torch
+from torch import Tensor
+
+from kvell.checkpoint import from_pretrained
+from kvell.checkpoint.loading import available_device
+from kvell.errors import InputError, KvellError
+from kvell.model import Decoder
+from kvell.training.batches import MicroBatch, steps_of
+from kvell.training.corpus import Corpus, read_corpus
+from kvell.training.evaluation import evaluate_tasks, evaluate_texts
+from kvell.training.losses import Totals, step_loss
+from kvell.training.optimizers import optimizers, quiet_start, rate, rebalance, set_rates
+from kvell.training.parallel import Processes, clip
+from kvell.training.run import Progress, Run
+from kvell.training.settings import NewTokenizer, TrainingConfig
+from kvell.training.tokens import BOS, EOS, TokenDocument, read_tokenizer, tokenise, train_tokenizer
+from kvell.training.trackers import Tracker, open_trackers
+
+
+class TrainingError(KvellError):
+    """A run that cannot go on."""
+
+
+@dataclass(frozen=True)
+class StepReport:
+    """What there is to say after a step."""
+
+    step: int
+    steps: int
+    loss: float
+    tokens_per_second: float
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """How a run ended: `finished`, `stopped` by a signal, or `patience` exhausted; and its last evaluation."""
+
+    reason: str
+    step: int
+    folder: Path
+    evaluation: dict[str, Any]
+
+
+Watcher = Callable[[StepReport], None]
+
+
+def train(
+    config: TrainingConfig, *, skip_bad: bool = False, fresh: bool = False, on_step: Watcher = lambda report: None
+) -> Outcome:
+    """Trains, or goes on where the folder's last checkpoint stands, until the steps are done or SIGTERM comes, which
+    lets the step finish and saves. InputError, ConfigError or CheckpointError for what cannot be begun; TrainingError
+    for a loss that is no number: the last good checkpoint stays."""
+    if config.threads is not None:
+        torch.set_num_threads(config.threads)
+    processes = Processes.of(available_device(config.device))
+    try:
+        return Training(config, processes, skip_bad, fresh).run(on_step)
+    finally:
+        processes.leave()
+
+
+class Training:
+    """A run's parts, put together."""
+
+    def __init__(self, config: TrainingConfig, processes: Processes, skip_bad: bool, fresh: bool) -> None:
+        self.config, self.processes = config, processes
+        for stage in config.stages:
+            processes.mine(range(stage.micro_batches))
+        self.folder = Run(Path(config.out), config, processes)
+        corpus = read_corpus(config.data, skip_bad)
+        checkpoint = self.folder.begin(fresh)
+        self.tokenizer = self._make_tokenizer(corpus)
+        self.bos = self.tokenizer.token_to_id(BOS)
+        self.training, self.held_out = (self._ids_of(part) for part in (corpus.training, corpus.held_out))
+        torch.manual_seed(config.seed)
+        self.model = self._make_model().to(processes.device)
+        processes.shard(self.model)
+        self.parameters = [parameter for parameter in self.model.parameters() if parameter.requires_grad]
+        self.optimizers = optimizers(self.model, config.optimizer)
+        self.progress = Progress()
+        if checkpoint is not None:
+            self.progress = self.folder.load(checkpoint, self.model, self.optimizers)
+
+    def run(self, on_step: Watcher) -> Outcome:
+        config, progress = self.config, self.progress
+        if progress.finished:
+            return Outcome("finished", progress.step, Path(config.out), {})
+        trackers = open_trackers(config.trackers, Path(config.out)) if self.processes.is_first else []
+        steps = steps_of(
+            config.stages, self.training, config.data.tasks, self._encode, self.bos, config.seed, progress.step
+        )
+        started, seen, reason = time.perf_counter(), 0, "finished"
+        with stop_requests() as stop:
+            for step in steps:
+                figures = self._step(step)
+                seen += int(figures["tokens"])
+                progress.step += 1
+                progress.tokens += int(figures["tokens"])
+                speed = seen / (time.perf_counter() - started)
+                figures = {"step": progress.step, **figures, "tokens_per_second": speed}
+                self._log(figures, trackers)
+                on_step(StepReport(progress.step, config.steps, figures["loss"], speed))
+                if self._is_due(config.evaluation.every) and self._evaluate(trackers):
+                    reason = "patience"
+                    break
+                if stop.is_set():
+                    reason = "stopped"
+                    break
+                if self._is_due(config.checkpoints.every):
+                    self.folder.save(self.model, self.optimizers, progress)
+        return self._end(reason, trackers)
+
+    def _step(self, step: list[MicroBatch]) -> dict[str, float]:
+        """One step of the optimizers; the figures of it."""
+        config, totals = self.config, Totals.of(step)
+        share = rate(config.schedule, self.progress.step, config.steps)
+        set_rates(self.optimizers, share)
+        parts: dict[str, Tensor] = {}
+        loads: dict[int, Tensor] = {}
+        loss = torch.zeros((), device=self.processes.device)
+        for batch in self.processes.mine(step):
+            with torch.autocast(self.processes.device.type, torch.bfloat16, enabled=config.precision == "bfloat16"):
+                made = step_loss(self.model, batch.to(self.processes.device), totals, config.losses)
+            # Gradients are averaged over processes; the step's loss is the sum of theirs.
+            (made.loss * self.processes.count).backward()
+            loss += made.loss.detach()
+            for name, part in made.parts.items():
+                parts[name] = parts.get(name, torch.zeros_like(part)) + part
+            for layer, load in made.expert_loads.items():
+                loads[layer] = loads.get(layer, torch.zeros_like(load)) + load
+        loss = self.processes.total(loss)
+        for parameter in self.parameters:  # what took no part in the loss has a state in the optimizer all the same
+            if parameter.grad is None:
+                parameter.grad = torch.zeros_like(parameter)
+        norm = clip(self.parameters, config.optimizer.clip)
+        self._check_finite(step, float(loss), float(norm))
+        for optimizer in self.optimizers:
+            optimizer.step()
+            optimizer.zero_grad()
+        if config.losses.bias_rate:
+            rebalance(
+                self.model, {n: self.processes.total(load) for n, load in loads.items()}, config.losses.bias_rate
+            )
+        figures = {name: float(self.processes.total(part)) for name, part in parts.items()}
+        return {"loss": float(loss), **figures, "gradient_norm": float(norm), "rate": share, "tokens": totals.tokens}
+
+    def _check_finite(self, step: list[MicroBatch], loss: float, norm: float) -> None:
+        if torch.isfinite(torch.tensor([loss, norm])).all():
+            return
+        what = f"loss is {loss}" if loss != loss or abs(loss) == float("inf") else f"norm of the gradients is {norm}"
+        names = sorted({name for batch in step for name in batch.names})
+        shown = ", ".join(names[:4]) + (", ..." if len(names) > 4 else "")
+        saved = self.folder.checkpoints()
+        kept = f"the last checkpoint is {saved[-1]}" if saved else "no checkpoint had been written yet"
+        raise TrainingError(
+            f"step {self.progress.step + 1}: the {what}, in the batch of {shown}; nothing was changed by it, {kept}"
+        )
+
+    def _is_due(self, every: int) -> bool:
+        return self.progress.step % every == 0 and self.progress.step < self.config.steps
+
+    def _evaluate(self, trackers: list[Tracker]) -> bool:
+        """Records an evaluation; whether patience is exhausted."""
+        settings, progress = self.config.evaluation, self.progress
+        if not self.held_out:
+            return False
+        figures = evaluate_texts(self.model, self.held_out, settings.length, settings.tokens)
+        bits = figures["bits_per_byte"]
+        self._log({"step": progress.step, "held_out": figures}, [])
+        for tracker in trackers:
+            tracker.log({"held_out_bits_per_byte": bits}, progress.step)
+        if progress.best is None or bits < progress.best:
+            progress.best, progress.since_best = bits, 0
+            if settings.patience is not None:
+                self.folder.export(self.model, self.tokenizer)
+        else:
+            progress.since_best += 1
+        return settings.patience is not None and progress.since_best >= settings.patience
+
+    def _end(self, reason: str, trackers: list[Tracker]) -> Outcome:
+        """Saves; a run that is over also leaves its model, and what that is worth."""
+        config, folder = self.config, Path(self.config.out)
+        self.progress.finished = reason != "stopped"
+        self.folder.save(self.model, self.optimizers, self.progress)
+        for tracker in trackers:
+            tracker.close()
+        if reason == "stopped":
+            return Outcome(reason, self.progress.step, folder, {})
+        if reason != "patience":  # else the best model is there already
+            self.folder.export(self.model, self.tokenizer)
+        if not self.processes.is_first:
+            return Outcome(reason, self.progress.step, folder, {})
+        model = from_pretrained(folder, dtype=torch.float32, device=self.processes.device)
+        figures: dict[str, Any] = {"steps": self.progress.step, "tokens": self.progress.tokens}
+        if self.held_out:
+            figures["held_out"] = evaluate_texts(model, self.held_out)
+        if config.evaluation.tasks:
+            figures["tasks"] = evaluate_tasks(
+                model, config.evaluation, self.held_out or self.training, self._encode, self.bos, config.seed
+            )
+        self.folder.write_evaluation(figures)
+        return Outcome(reason, self.progress.step, folder, figures)
+
+    def _log(self, values: dict[str, Any], trackers: list[Tracker]) -> None:
+        self.folder.record(values)
+        for tracker in trackers:
+            tracker.log({name: float(value) for name, value in values.items()}, values["step"])
+
+    def _make_tokenizer(self, corpus: Corpus) -> tokenizers.Tokenizer:
+        """The one asked for; training one is the same every time for the same texts."""
+        wanted = self.config.tokenizer
+        if isinstance(wanted, NewTokenizer):
+            return train_tokenizer(wanted, [document.text for document in corpus.training])
+        return read_tokenizer(wanted)
+
+    def _make_model(self) -> Decoder:
+        """Fresh weights, or those of a model that is to be trained on."""
+        config = self.config
+        eos, bos = self.tokenizer.token_to_id(EOS), self.tokenizer.token_to_id(BOS)
+        ends = {"bos_token_id": bos, "eos_token_ids": () if eos is None else (eos,)}
+        described = config.model if eos is None else config.model.model_copy(update=ends)
+        model = Decoder(described, activation_checkpointing=config.activation_checkpointing)
+        if config.start_from is None:
+            quiet_start(model)
+            return model
+        trained = from_pretrained(config.start_from, dtype=torch.float32, map_per_layer_table=False)
+        if trained.config.digest() != described.digest():
+            raise InputError(f"start_from: the model in {config.start_from} is not the one that the config describes")
+        model.load_state_dict(trained.state_dict())
+        return model
+
+    def _ids_of(self, documents: list[Any]) -> list[TokenDocument]:
+        eos = self.tokenizer.token_to_id(EOS)
+        return tokenise(self.tokenizer, documents, self.config.model.vocab_size, eos)
+
+    def _encode(self, text: str) -> list[int]:
+        ids: list[int] = self.tokenizer.encode(text, add_special_tokens=False).ids
+        return ids
+
+
+@contextmanager
+def stop_requests() -> Iterator[threading.Event]:
+    """An event that SIGTERM sets, instead of ending the process at once. Only a main thread may listen."""
+    asked = threading.Event()
+    if threading.current_thread() is not threading.main_thread():
+        yield asked
+        return
+
+    def ask(number: int, frame: FrameType | None) -> None:
+        asked.set()
+
+    before = signal.signal(signal.SIGTERM, ask)
+    try:
+        yield asked
+    finally:
+        signal.signal(signal.SIGTERM, before)

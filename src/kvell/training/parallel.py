@@ -1,0 +1,96 @@
+"""One process or many: who trains which micro-batches, and where the weights lie.
+
+Started by torchrun, every process holds its shard of each layer (FSDP2, `fully_shard`) and gathers a layer's weights
+when it runs. A layer that reads another's keys and values gets this step's tensors as ever: what is sharded are
+weights, not the step. Processes divide a step's micro-batches among them, so a run is the same on any number.
+"""
+
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method
+from torch.distributed.tensor import DTensor
+
+from kvell.errors import InputError
+from kvell.model import Decoder
+
+
+@dataclass(frozen=True)
+class Processes:
+    """This process among all that train together."""
+
+    rank: int
+    count: int
+    device: torch.device
+    mesh: DeviceMesh | None
+
+    @classmethod
+    def of(cls, device: torch.device) -> "Processes":
+        """As torchrun's environment says; alone without one."""
+        if "RANK" not in os.environ or "WORLD_SIZE" not in os.environ:
+            return cls(0, 1, device, None)
+        if device.type != "cpu":
+            device = torch.device(device.type, int(os.environ.get("LOCAL_RANK", "0")))
+            torch.accelerator.set_device_index(device.index)
+        if not dist.is_initialized():
+            dist.init_process_group("gloo" if device.type == "cpu" else None)
+        mesh = init_device_mesh(device.type, (dist.get_world_size(),))
+        return cls(dist.get_rank(), dist.get_world_size(), device, mesh)
+
+    @property
+    def is_first(self) -> bool:
+        return self.rank == 0
+
+    def shard(self, model: Decoder) -> None:
+        """Divides the weights over the processes, layer by layer; nothing to do for one that is alone.
+
+        What is not learnt by gradients, routers' selection biases, stays whole everywhere.
+        """
+        if self.mesh is None:
+            return
+        whole = {parameter for parameter in model.parameters() if not parameter.requires_grad}
+        for layer in model.layers:
+            fully_shard(layer, mesh=self.mesh, ignored_params=whole)
+        fully_shard(model, mesh=self.mesh, ignored_params=whole)
+        register_fsdp_forward_method(model, "draft")
+
+    def mine(self, micro_batches: Sequence[Any]) -> Sequence[Any]:
+        """This process's share of a step."""
+        if len(micro_batches) % self.count:
+            raise InputError(
+                f"stages: {len(micro_batches)} micro_batches cannot be divided over {self.count} processes: "
+                f"use a multiple of {self.count}"
+            )
+        return micro_batches[self.rank :: self.count]
+
+    def total(self, values: Tensor) -> Tensor:
+        """The sum over all processes."""
+        if self.mesh is not None:
+            dist.all_reduce(values)
+        return values
+
+    def wait(self) -> None:
+        """Until every process has come this far."""
+        if self.mesh is not None:
+            dist.barrier()
+
+    def leave(self) -> None:
+        if dist.is_initialized():
+            dist.destroy_process_group()
+
+
+def whole(tensor: Tensor) -> Tensor:
+    """A tensor's value on every process, wherever its shards lie."""
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+
+
+def clip(parameters: Sequence[nn.Parameter], limit: float | None) -> Tensor:
+    """The norm of all gradients together, which are scaled down to `limit` where it is more."""
+    norm = nn.utils.clip_grad_norm_(parameters, float("inf") if limit is None else limit)
+    return whole(norm)

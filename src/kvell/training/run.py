@@ -1,0 +1,196 @@
+"""A run's folder: its checkpoints, its metrics, and the model that comes out.
+
+    training.json                the resolved config
+    metrics.jsonl                one line a step, one an evaluation
+    checkpoints/step-00000200/   what a run needs to go on (torch.distributed.checkpoint, any number of processes)
+    config.json, model.safetensors, tokenizer.json, evaluation.json        a model like any other, and its figures
+
+A checkpoint is written aside and gets its name when it is whole, so a run may be killed at any moment.
+"""
+
+import contextlib
+import json
+import os
+import shutil
+import warnings
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import tokenizers
+import torch
+from torch.distributed.checkpoint.api import CheckpointException
+from torch.distributed.checkpoint.state_dict import (
+    StateDictOptions,
+    get_model_state_dict,
+    get_optimizer_state_dict,
+    set_model_state_dict,
+    set_optimizer_state_dict,
+)
+from torch.distributed.checkpoint.state_dict_loader import load as load_state
+from torch.distributed.checkpoint.state_dict_saver import save as save_state
+from torch.optim import Optimizer
+
+from kvell.errors import CheckpointError, InputError
+from kvell.files import beside, move_in
+from kvell.model import Decoder
+from kvell.training.parallel import Processes
+from kvell.training.settings import TrainingConfig, differences
+
+CONFIG, METRICS, CHECKPOINTS, PROGRESS = "training.json", "metrics.jsonl", "checkpoints", "progress.json"
+
+
+@dataclass
+class Progress:
+    """How far a run has come: steps done, tokens seen, the best evaluation and how many since were no better."""
+
+    step: int = 0
+    tokens: int = 0
+    best: float | None = None
+    since_best: int = 0
+    finished: bool = False
+
+
+class Run:
+    def __init__(self, folder: Path, config: TrainingConfig, processes: Processes) -> None:
+        self.folder, self.config, self.processes = folder, config, processes
+
+    def begin(self, fresh: bool) -> Path | None:
+        """The checkpoint to go on from, if there is one; otherwise the folder is made ready for a new run.
+
+        InputError, with the differing keys, where one was begun with another config; `fresh` discards it.
+        """
+        found = self.checkpoints()
+        if found and not fresh:
+            try:
+                begun = TrainingConfig.of(json.loads((self.folder / CONFIG).read_text()), CONFIG)
+            except (OSError, ValueError) as error:
+                raise CheckpointError(f"{self.folder / CONFIG} cannot be read: {error}") from None
+            if changed := differences(self.config, begun):
+                raise InputError(
+                    f"{self.folder} holds a run with another config, differing in {'; '.join(changed)}: "
+                    "change it back, give another --out, or discard that run with --fresh"
+                )
+            return found[-1]
+        self.processes.wait()
+        if self.processes.is_first:
+            for stale in (self.folder / CHECKPOINTS, self.folder / METRICS):
+                shutil.rmtree(stale) if stale.is_dir() else stale.unlink(missing_ok=True)
+            with beside(self.folder) as scratch:
+                (scratch / CONFIG).write_text(self.config.model_dump_json(indent=2) + "\n")
+                move_in(scratch, self.folder, [CONFIG])
+        self.processes.wait()
+        return None
+
+    def checkpoints(self) -> list[Path]:
+        """The whole ones, oldest first."""
+        return sorted(path.parent for path in (self.folder / CHECKPOINTS).glob(f"step-*/{PROGRESS}"))
+
+    def save(self, model: Decoder, optimizers: list[Optimizer], progress: Progress) -> None:
+        """Writes a checkpoint aside, names it, and removes the oldest that need not be kept. CheckpointError if that
+        fails; the last good one stays."""
+        parent = self.folder / CHECKPOINTS
+        scratch, final = parent / ".saving", parent / f"step-{progress.step:08d}"
+        try:
+            if self.processes.is_first:
+                shutil.rmtree(scratch, ignore_errors=True)
+                scratch.mkdir(parents=True)
+            self.processes.wait()
+            with quiet():
+                save_state(state_of(model, optimizers), checkpoint_id=scratch)
+            if self.processes.is_first:
+                (scratch / PROGRESS).write_text(json.dumps(asdict(progress)))
+                for file in scratch.iterdir():
+                    with open(file, "rb") as written:
+                        os.fsync(written.fileno())
+                if final.exists():
+                    shutil.rmtree(final)
+                os.replace(scratch, final)
+                for old in self.checkpoints()[: -self.config.checkpoints.keep]:
+                    shutil.rmtree(old)
+            self.processes.wait()
+        except (OSError, CheckpointException, RuntimeError) as error:
+            shutil.rmtree(scratch, ignore_errors=True)
+            reason = " ".join(str(error).split())[-300:]
+            raise CheckpointError(f"could not save to {final}: {reason}; what was there is unchanged") from None
+
+    def load(self, path: Path, model: Decoder, optimizers: list[Optimizer]) -> Progress:
+        """Puts model and optimizers where a checkpoint left them. CheckpointError for one that is damaged."""
+        try:
+            progress = Progress(**json.loads((path / PROGRESS).read_text()))
+            state = state_of(model, optimizers)
+            with quiet():
+                load_state(state, checkpoint_id=path)
+        except (OSError, ValueError, TypeError, CheckpointException, RuntimeError) as error:
+            raise CheckpointError(f"{path} cannot be read: {' '.join(str(error).split())[-300:]}") from None
+        set_model_state_dict(model, state["model"])
+        set_optimizer_state_dict(model, optimizers, state["optimizer"])
+        torch.set_rng_state(state["rng"])
+        self._forget_metrics_after(progress.step)
+        return progress
+
+    def record(self, values: dict[str, Any]) -> None:
+        """Adds a line to the metrics."""
+        if self.processes.is_first:
+            try:
+                with open(self.folder / METRICS, "a") as file:
+                    file.write(json.dumps(values) + "\n")
+            except OSError as error:
+                raise CheckpointError(f"{self.folder / METRICS} cannot be written: {error}") from None
+
+    def export(self, model: Decoder, tokenizer: tokenizers.Tokenizer) -> None:
+        """Writes the model as `kvell generate` reads it."""
+        options = StateDictOptions(full_state_dict=True, cpu_offload=True)
+        weights = get_model_state_dict(model, options=options)
+        if self.processes.is_first:
+            copy = Decoder(model.config)
+            copy.load_state_dict(weights)
+            copy.to(getattr(torch, self.config.save_dtype)).save_pretrained(self.folder)
+            with beside(self.folder) as scratch:
+                tokenizer.save(str(scratch / "tokenizer.json"))
+                move_in(scratch, self.folder, ["tokenizer.json"])
+        self.processes.wait()
+
+    def write_evaluation(self, figures: dict[str, Any]) -> None:
+        if self.processes.is_first:
+            with beside(self.folder) as scratch:
+                (scratch / "evaluation.json").write_text(json.dumps(figures, indent=2) + "\n")
+                move_in(scratch, self.folder, ["evaluation.json"])
+
+    def _forget_metrics_after(self, step: int) -> None:
+        """Steps that will be done again are recorded again."""
+        file = self.folder / METRICS
+        if not self.processes.is_first or not file.exists():
+            return
+        lines = file.read_text().splitlines()
+        kept = [line for line in lines if _is_up_to(line, step)]
+        if kept == lines:
+            return
+        with beside(self.folder) as scratch:
+            (scratch / METRICS).write_text("".join(f"{line}\n" for line in kept))
+            move_in(scratch, self.folder, [METRICS])
+
+
+def state_of(model: Decoder, optimizers: list[Optimizer]) -> dict[str, Any]:
+    return {
+        "model": get_model_state_dict(model),
+        "optimizer": get_optimizer_state_dict(model, optimizers),
+        "rng": torch.get_rng_state(),
+    }
+
+
+def _is_up_to(line: str, step: int) -> bool:
+    """Whether a line of the metrics is whole and about a step that is not done again."""
+    try:
+        return bool(json.loads(line)["step"] <= step)
+    except (ValueError, KeyError, TypeError):
+        return False
+
+
+@contextlib.contextmanager
+def quiet() -> Iterator[None]:
+    """torch's checkpoints warn of running in one process, which is meant."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        yield

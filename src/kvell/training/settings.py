@@ -1,0 +1,249 @@
+"""A training run as a value: the model, the data, and how it learns. Read from a YAML or JSON file."""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Annotated, Any, Literal, Self
+
+from pydantic import (
+    Field,
+    NonNegativeFloat,
+    NonNegativeInt,
+    PositiveFloat,
+    PositiveInt,
+    ValidationError,
+    model_validator,
+)
+
+from kvell.config import ModelConfig, one_line
+from kvell.config_file import read_mapping, resolve
+from kvell.errors import ConfigError
+from kvell.layers.part import Part
+from kvell.training.tasks import TextTask
+
+Share = Annotated[float, Field(ge=0, lt=1)]
+
+
+class StandardLibrary(Part):
+    """The built-in corpus: the Python standard library's own sources, without its tests and generated tables.
+
+    `docstrings` adds, as documents of their own, the documentation strings that the sources hold.
+    """
+
+    kind: Literal["standard_library"] = "standard_library"
+    docstrings: bool = False
+
+
+class TextFiles(Part):
+    """Files, and folders searched for files whose name matches `pattern`."""
+
+    kind: Literal["files"] = "files"
+    paths: tuple[str, ...]
+    pattern: str = "*.txt"
+
+
+Source = Annotated[StandardLibrary | TextFiles, Field(discriminator="kind")]
+
+
+class MixedTask(Part):
+    """A task with known answers among the texts: `share` of the tokens of every step.
+
+    Its examples are as long as the step's stage allows, or shorter, down to `shortest` tokens.
+    """
+
+    task: TextTask
+    share: Annotated[float, Field(gt=0, lt=1)]
+    shortest: PositiveInt = 128
+
+
+class Data(Part):
+    """`held_out` is the share of documents, drawn by their names, that evaluation keeps for itself."""
+
+    sources: tuple[Source, ...]
+    held_out: Share = 0.05
+    tasks: tuple[MixedTask, ...] = ()
+
+
+class NewTokenizer(Part):
+    """A byte-level BPE trained on the training documents, every digit a token of its own."""
+
+    vocab_size: Annotated[int, Field(ge=300)]
+
+
+class Stage(Part):
+    """`steps` steps of `tokens` tokens in pieces of at most `length`; `micro_batches` is how many forward passes a
+    step's tokens go through (gradient accumulation, and what several devices share among them)."""
+
+    steps: PositiveInt
+    length: PositiveInt
+    tokens: PositiveInt
+    micro_batches: PositiveInt = 1
+
+    @model_validator(mode="after")
+    def _fits(self) -> Self:
+        if self.tokens % self.micro_batches:
+            raise ValueError(f"tokens {self.tokens} are not a multiple of micro_batches {self.micro_batches}")
+        if self.length > self.tokens // self.micro_batches:
+            raise ValueError(
+                f"length {self.length} is more than the {self.tokens // self.micro_batches} tokens of a micro-batch"
+            )
+        return self
+
+
+class Optimizer(Part):
+    """AdamW on every parameter, or Muon on the weight matrices and AdamW on the rest.
+
+    Muon: Jordan 2024, kellerjordan.github.io/posts/muon. The tables (embedding, head, per-layer embeddings) and
+    everything that is no linear layer's matrix are never Muon's.
+    """
+
+    kind: Literal["adamw", "muon"] = "muon"
+    learning_rate: PositiveFloat = 0.004
+    matrix_learning_rate: PositiveFloat = 0.02
+    betas: tuple[Share, Share] = (0.9, 0.95)
+    weight_decay: NonNegativeFloat = 0.0
+    matrix_weight_decay: NonNegativeFloat = 0.1
+    clip: PositiveFloat | None = 1.0
+
+
+class Schedule(Part):
+    """The learning rate's course over all steps: `warmup` steps up from zero, then down to `floor` times the rate, by
+    a cosine, or (warm-up, stable, decay) in a straight line over the last `decay` share of the steps."""
+
+    kind: Literal["wsd", "cosine", "constant"] = "wsd"
+    warmup: NonNegativeInt = 40
+    decay: Annotated[float, Field(gt=0, le=1)] = 0.5
+    floor: Share = 0.0
+
+
+class Losses(Part):
+    """What the model learns from besides the next token: weights of the other losses, 0 for none.
+
+    `answers` weighs the mean loss of a task's known answers. `draft` is the draft block's loss for the token after
+    the next, `index` what aligns indexers with attention, `balance` what evens out experts; `bias_rate` moves the
+    routers' selection biases against the load after every step, instead of by a loss.
+    """
+
+    answers: NonNegativeFloat = 1.0
+    draft: NonNegativeFloat = 0.3
+    index: NonNegativeFloat = 1.0
+    balance: NonNegativeFloat = 0.0
+    bias_rate: NonNegativeFloat = 0.001
+
+
+class Evaluation(Part):
+    """Every `every` steps the held-out documents' first `tokens` tokens, each document cut at `length`; at the end
+    all of them whole. `patience` evaluations in a row without a better one end the run, and the best model is kept.
+    `tasks` are drawn `cases` times each, at every one of `lengths`."""
+
+    every: PositiveInt = 500
+    tokens: PositiveInt = 50_000
+    length: PositiveInt = 4096
+    patience: PositiveInt | None = None
+    tasks: tuple[TextTask, ...] = ()
+    cases: PositiveInt = 100
+    lengths: tuple[PositiveInt, ...] = ()
+
+
+class Checkpoints(Part):
+    """Every `every` steps everything is written that a run needs to go on as if it had not been stopped."""
+
+    every: PositiveInt = 200
+    keep: PositiveInt = 1
+
+
+class TrainingConfig(Part):
+    """A whole run. `tokenizer` is one to train, or a directory that holds one. `start_from` takes the weights of a
+    model's directory, which must be of this config; without it they are fresh."""
+
+    model: ModelConfig
+    tokenizer: NewTokenizer | str
+    data: Data
+    stages: tuple[Stage, ...]
+    optimizer: Optimizer = Optimizer()
+    schedule: Schedule = Schedule()
+    losses: Losses = Losses()
+    evaluation: Evaluation = Evaluation()
+    checkpoints: Checkpoints = Checkpoints()
+    trackers: tuple[Literal["tensorboard", "trackio"], ...] = ()
+    start_from: str | None = None
+    precision: Literal["float32", "bfloat16"] = "float32"
+    save_dtype: Literal["float32", "bfloat16"] = "float32"
+    activation_checkpointing: bool = False
+    seed: NonNegativeInt = 0
+    device: str = "cpu"
+    threads: PositiveInt | None = None
+    out: str
+
+    @model_validator(mode="after")
+    def _fits(self) -> Self:
+        if not self.stages:
+            raise ValueError("stages: there is at least one")
+        if not self.data.sources:
+            raise ValueError("data.sources: there is at least one")
+        if isinstance(self.tokenizer, NewTokenizer) and self.tokenizer.vocab_size != self.model.vocab_size:
+            raise ValueError(
+                f"tokenizer.vocab_size {self.tokenizer.vocab_size} is not the model's {self.model.vocab_size}"
+            )
+        for index, mixed in enumerate(self.data.tasks):
+            shortest_stage = min(stage.length for stage in self.stages)
+            if mixed.shortest > shortest_stage:
+                raise ValueError(
+                    f"data.tasks.{index}.shortest: {mixed.shortest} tokens do not fit a stage of {shortest_stage}"
+                )
+        if sum(mixed.share for mixed in self.data.tasks) >= 1:
+            raise ValueError("data.tasks: shares of all tasks together must leave room for texts")
+        return self
+
+    @property
+    def steps(self) -> int:
+        return sum(stage.steps for stage in self.stages)
+
+    @classmethod
+    def read(cls, path: str | Path, changes: Mapping[str, Any] | None = None) -> Self:
+        """A run's config from a YAML or JSON file; `changes` replace what it says at the top level.
+
+        `model` is a mapping as in a model's own config file, or the path of one, seen from this file's folder.
+        ConfigError or CheckpointError, in one line with the path in the file, for what cannot be.
+        """
+        values = {**read_mapping(path), **(changes or {})}
+        values.setdefault("out", f"runs/{Path(path).stem}")
+        model = values.get("model")
+        if isinstance(model, str):
+            values["model"] = ModelConfig.from_pretrained(Path(path).parent / model)
+        elif isinstance(model, Mapping):
+            values["model"] = resolve(model, f"{Path(path).name}: model")
+        return cls.of(values, Path(path).name)
+
+    @classmethod
+    def of(cls, values: Mapping[str, Any], where: str) -> Self:
+        try:
+            return cls.model_validate(values)
+        except ValidationError as error:
+            raise ConfigError(one_line(error, where, values, cls)) from None
+
+
+# What may change between the parts of one run.
+FREE_TO_CHANGE = {"out", "device", "threads", "trackers"}
+
+
+def differences(mine: TrainingConfig, theirs: TrainingConfig) -> list[str]:
+    """Where two runs' configs differ, as `path: theirs -> mine`, leaving out what changes nothing."""
+    return [
+        f"{path}: {their} -> {my}"
+        for path, my, their in _differing(mine.model_dump(mode="json"), theirs.model_dump(mode="json"), "")
+        if path.split(".")[0] not in FREE_TO_CHANGE
+    ]
+
+
+def _differing(mine: Any, theirs: Any, path: str) -> list[tuple[str, Any, Any]]:
+    if isinstance(mine, dict) and isinstance(theirs, dict):
+        keys = list(dict.fromkeys([*mine, *theirs]))
+        pairs = [(key, mine.get(key), theirs.get(key)) for key in keys]
+    elif isinstance(mine, list) and isinstance(theirs, list) and len(mine) == len(theirs):
+        pairs = [(str(index), my, their) for index, (my, their) in enumerate(zip(mine, theirs, strict=True))]
+    else:
+        return [] if mine == theirs else [(path, mine, theirs)]
+    found = []
+    for key, my, their in pairs:
+        found += _differing(my, their, f"{path}.{key}" if path else key)
+    return found

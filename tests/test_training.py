@@ -1,0 +1,398 @@
+"""Training runs end to end: they resume bit-exactly, survive being killed, refuse what cannot go on, and are the same
+on two processes as on one. Small runs over a mixed config, on files of the standard library."""
+
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import sysconfig
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import yaml
+from torch import Tensor
+
+import kvell
+from kvell import cli
+from kvell.training import loop
+from kvell.training.corpus import read_corpus
+from kvell.training.settings import Data, TrainingConfig
+
+GATED = {"kind": "gated_mlp", "intermediate_size": 24}
+MOE = {
+    "kind": "mixture_of_experts",
+    "num_experts": 4,
+    "top_k": 2,
+    "intermediate_size": 8,
+    "router": {"kind": "sigmoid"},
+}
+CCA = {"kind": "convolutional", "num_heads": 4, "num_kv_heads": 1, "head_dim": 8, "rotary": None}
+CSA = {
+    "kind": "compressed",
+    "num_heads": 2,
+    "head_dim": 8,
+    "sliding_window": 8,
+    "rotary": {"kind": "default", "theta": 100.0},
+    "rotary_width": 4,
+    "query_rank": 8,
+    "output_rank": 8,
+    "compressor": {"ratio": 4, "overlap": True},
+    "indexer": {"num_heads": 2, "head_dim": 4, "top_k": 3},
+}
+# Everything at once: convolutional and compressed layers, both shared, hyper-connections, per-layer embeddings,
+# experts, a draft block.
+MIXED = {
+    "vocab_size": 320,
+    "hidden_size": 16,
+    "max_positions": 8192,
+    "tied_head": True,
+    "connection": {"kind": "hyper", "streams": 2, "iterations": 3},
+    "per_layer_embedding": {"width": 4},
+    "parts": {
+        "cca": {"attention": CCA, "feed_forward": GATED},
+        "csa": {"attention": CSA, "feed_forward": MOE},
+    },
+    "layers": [
+        {"pattern": ["cca", "csa"]},
+        {"use": "cca", "attention": {"kv_source": -2}},
+        {"use": "csa", "attention": {"kv_source": -2, "indexer": None, "source_picks": True}},
+    ],
+    "draft": {"layer": {"attention": CCA, "feed_forward": MOE}},
+}
+STEPS = 20
+
+
+@pytest.fixture(scope="module")
+def texts(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("texts")
+    library = Path(sysconfig.get_path("stdlib"))
+    for name in ("bisect", "cmd", "colorsys", "contextlib", "copy", "glob", "heapq", "hmac"):
+        (folder / f"{name}.txt").write_bytes((library / f"{name}.py").read_bytes())
+    return folder
+
+
+def run_values(texts: Path, out: Path, **changes: Any) -> dict[str, Any]:
+    return {
+        "model": MIXED,
+        "tokenizer": {"vocab_size": 320},
+        "data": {
+            "sources": [{"kind": "files", "paths": [str(texts)]}],
+            "held_out": 0.2,
+            "tasks": [{"task": {"kind": "passkey"}, "share": 0.3, "shortest": 100}],
+        },
+        "stages": [
+            {"steps": 15, "length": 128, "tokens": 512, "micro_batches": 2},
+            {"steps": 5, "length": 256, "tokens": 512, "micro_batches": 2},
+        ],
+        "schedule": {"warmup": 4},
+        "losses": {"balance": 0.01},
+        "evaluation": {"every": 7, "tokens": 200, "length": 100},
+        "checkpoints": {"every": 6},
+        "threads": 1,
+        "out": str(out),
+        **changes,
+    }
+
+
+def config_file(folder: Path, values: dict[str, Any]) -> Path:
+    folder.mkdir(parents=True, exist_ok=True)
+    file = folder / "run.yaml"
+    file.write_text(yaml.safe_dump(values))
+    return file
+
+
+def settings(texts: Path, out: Path, **changes: Any) -> TrainingConfig:
+    return TrainingConfig.read(config_file(out.parent, run_values(texts, out, **changes)))
+
+
+def metrics(out: Path) -> list[dict[str, Any]]:
+    lines = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+    return [{name: value for name, value in line.items() if name != "tokens_per_second"} for line in lines]
+
+
+def losses(out: Path) -> list[float]:
+    return [line["loss"] for line in metrics(out) if "loss" in line]
+
+
+def weights(out: Path) -> dict[str, Tensor]:
+    return dict(kvell.from_pretrained(out).named_tensors())
+
+
+@pytest.fixture(scope="module")
+def whole(texts: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run from beginning to end."""
+    out = tmp_path_factory.mktemp("whole") / "run"
+    assert loop.train(settings(texts, out)).reason == "finished"
+    return out
+
+
+def test_the_loss_falls_and_every_part_is_recorded(whole: Path) -> None:
+    steps = [line for line in metrics(whole) if "loss" in line]
+    assert [line["step"] for line in steps] == list(range(1, STEPS + 1))
+    assert {"next", "draft", "index", "balance", "gradient_norm", "rate", "tokens"} <= set(steps[0])
+    assert steps[-1]["next"] < steps[0]["next"] - 0.3
+    assert [line["step"] for line in metrics(whole) if "held_out" in line] == [7, 14]
+    assert sum("answers" in line for line in steps) >= 10
+
+
+def test_what_comes_out_is_a_model_like_any_other(whole: Path) -> None:
+    model, tokenizer = kvell.from_pretrained(whole), kvell.Tokenizer.from_pretrained(whole)
+    pieces = list(kvell.generate(model, tokenizer.encode("def f"), max_new_tokens=5, tokenizer=tokenizer))
+    assert len(pieces) in range(1, 6)
+    figures = json.loads((whole / "evaluation.json").read_text())
+    assert figures["steps"] == STEPS
+    assert 0 < figures["held_out"]["bits_per_byte"] < 8
+
+
+def test_a_run_stopped_by_sigterm_goes_on_as_if_it_had_not_been(texts: Path, whole: Path, tmp_path: Path) -> None:
+    config = settings(texts, tmp_path / "run")
+
+    def stop_at_eleven(report: loop.StepReport) -> None:
+        if report.step == 11:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    stopped = loop.train(config, on_step=stop_at_eleven)
+    assert (stopped.reason, stopped.step) == ("stopped", 11)
+    assert not (tmp_path / "run" / "model.safetensors").exists()
+    assert loop.train(config).reason == "finished"
+    assert metrics(tmp_path / "run") == metrics(whole)
+    for name, tensor in weights(tmp_path / "run").items():
+        assert torch.equal(tensor, weights(whole)[name]), name
+
+
+def test_a_run_killed_at_any_moment_goes_on_from_its_last_checkpoint(
+    texts: Path, whole: Path, tmp_path: Path
+) -> None:
+    """SIGKILL once the first checkpoint stands, wherever the process is by then."""
+    out = tmp_path / "run"
+    file = config_file(tmp_path, run_values(texts, out))
+    process = subprocess.Popen([sys.executable, "-m", "kvell.train", str(file)], stderr=subprocess.PIPE)
+    deadline = time.monotonic() + 120
+    while not list(out.glob("checkpoints/step-*")) and time.monotonic() < deadline:
+        time.sleep(0.02)
+    process.kill()
+    process.communicate()
+    assert list(out.glob("checkpoints/step-*")), "no checkpoint was written in time"
+    assert len(losses(out)) < STEPS
+    assert loop.train(TrainingConfig.read(file)).reason == "finished"
+    assert metrics(out) == metrics(whole)
+
+
+def test_a_finished_run_is_left_as_it_is(texts: Path, whole: Path) -> None:
+    before = {file: file.stat().st_mtime_ns for file in whole.rglob("*") if file.is_file()}
+    assert loop.train(settings(texts, whole)).step == STEPS
+    assert {file: file.stat().st_mtime_ns for file in whole.rglob("*") if file.is_file()} == before
+
+
+def test_a_changed_config_is_refused_and_the_differing_keys_listed(texts: Path, whole: Path) -> None:
+    changed = settings(texts, whole, seed=1, schedule={"warmup": 5})
+    with pytest.raises(kvell.InputError, match=r"differing in schedule\.warmup: 4 -> 5; seed: 0 -> 1: .*--fresh"):
+        loop.train(changed)
+
+
+def test_gradient_accumulation_changes_nothing_but_rounding(texts: Path, tmp_path: Path) -> None:
+    """The same pieces in one micro-batch or in two: the loss is divided by what the whole step has."""
+    config = settings(texts, tmp_path / "run", losses={"index": 0, "balance": 0, "bias_rate": 0})
+    training = loop.Training(config, loop.Processes.of(torch.device("cpu")), False, False)
+    stages = config.stages
+    step = next(
+        loop.steps_of(stages, training.training, config.data.tasks, training._encode, training.bos, config.seed)
+    )
+    assert len(step) == 2
+    joined = loop.MicroBatch(
+        step[0].names + step[1].names,
+        step[0].counts + step[1].counts,
+        torch.cat([step[0].inputs, step[1].inputs]),
+        torch.cat([step[0].targets, step[1].targets]),
+        torch.cat([step[0].answers, step[1].answers + len(step[0].inputs)]),
+    )
+    gradients = []
+    for batches in (step, [joined]):
+        training.model.zero_grad()
+        totals = loop.Totals.of(step)
+        for batch in batches:
+            loop.step_loss(training.model, batch, totals, config.losses).loss.backward()
+        gradients.append([p.grad.clone() for p in training.parameters if p.grad is not None])
+    for one, other in zip(*gradients, strict=True):
+        torch.testing.assert_close(one, other, atol=1e-6, rtol=1e-4)
+
+
+@pytest.mark.parametrize("changes", [{"precision": "bfloat16"}, {"activation_checkpointing": True}])
+def test_other_ways_to_compute_learn_alike(texts: Path, whole: Path, tmp_path: Path, changes: dict[str, Any]) -> None:
+    loop.train(settings(texts, tmp_path / "run", **changes))
+    tolerance = 0.1 if "precision" in changes else 1e-3
+    ours, theirs = ([line["next"] for line in metrics(out) if "next" in line] for out in (tmp_path / "run", whole))
+    assert ours == pytest.approx(theirs, abs=tolerance)
+
+
+def test_a_loss_that_is_no_number_stops_the_run_and_keeps_the_last_good_checkpoint(
+    texts: Path, tmp_path: Path
+) -> None:
+    out = tmp_path / "run"
+    config = settings(texts, out)
+    training = loop.Training(config, loop.Processes.of(torch.device("cpu")), False, False)
+
+    def poison(report: loop.StepReport) -> None:
+        if report.step == 8:
+            with torch.no_grad():
+                training.model.embedding.weight[5] = float("nan")
+
+    with pytest.raises(loop.TrainingError, match=r"step 9: the loss is nan, in the batch of .*\.txt.*step-00000006"):
+        training.run(poison)
+    assert [path.name for path in (out / "checkpoints").iterdir()] == ["step-00000006"]
+    assert loop.train(config).reason == "finished"
+
+
+def test_a_full_disk_leaves_the_last_checkpoint(texts: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from kvell.training import run
+
+    out, saved = tmp_path / "run", run.save_state
+
+    def full(state: Any, checkpoint_id: Path) -> None:
+        if list(out.glob("checkpoints/step-*")):
+            raise OSError(28, "No space left on device")
+        saved(state, checkpoint_id=checkpoint_id)
+
+    monkeypatch.setattr(run, "save_state", full)
+    with pytest.raises(kvell.CheckpointError, match=r"step-00000012: .*No space left on device; what was there"):
+        loop.train(settings(texts, out))
+    assert [path.name for path in (out / "checkpoints").iterdir()] == ["step-00000006"]
+
+
+def test_patience_ends_a_run_and_keeps_the_best_model(
+    texts: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    figures = iter([3.0, 2.5, 2.6, 2.7, 2.0])
+    embeddings = []
+
+    def evaluate(model: kvell.Decoder, *_: Any) -> dict[str, Any]:
+        embeddings.append(model.embedding.weight.detach().clone())
+        return {"bits_per_byte": next(figures)}
+
+    monkeypatch.setattr(loop, "evaluate_texts", evaluate)
+    outcome = loop.train(settings(texts, tmp_path / "run", evaluation={"every": 2, "patience": 2}))
+    assert (outcome.reason, outcome.step) == ("patience", 8)
+    assert torch.equal(weights(tmp_path / "run")["embedding.weight"], embeddings[1])
+
+
+def in_processes(file: Path, count: int) -> None:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    command = [sys.executable, "-m", "torch.distributed.run", f"--nproc-per-node={count}", f"--master-port={port}"]
+    done = subprocess.run([*command, "-m", "kvell.train", str(file)], capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr[-3000:]
+
+
+# Muon orthogonalises in bf16, where a sharded matrix's other order of summing shows at once.
+ADAMW = {"kind": "adamw", "learning_rate": 0.003}
+
+
+@pytest.fixture(scope="module")
+def whole_by_adamw(texts: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    out = tmp_path_factory.mktemp("whole") / "run"
+    loop.train(settings(texts, out, optimizer=ADAMW))
+    return out
+
+
+def test_two_sharded_processes_equal_one(texts: Path, whole_by_adamw: Path, tmp_path: Path) -> None:
+    """FSDP2 over a config that mixes everything, sharing across its units included: 20 steps to 1e-5."""
+    out = tmp_path / "run"
+    in_processes(config_file(tmp_path, run_values(texts, out, optimizer=ADAMW)), 2)
+    assert len(losses(out)) == STEPS
+    assert losses(out) == pytest.approx(losses(whole_by_adamw), abs=1e-5)
+
+
+def test_a_checkpoint_of_one_process_goes_on_in_two(texts: Path, whole_by_adamw: Path, tmp_path: Path) -> None:
+    out = tmp_path / "run"
+    file = config_file(tmp_path, run_values(texts, out, optimizer=ADAMW))
+
+    def stop_at_nine(report: loop.StepReport) -> None:
+        if report.step == 9:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    loop.train(TrainingConfig.read(file), on_step=stop_at_nine)
+    in_processes(file, 2)
+    assert losses(out) == pytest.approx(losses(whole_by_adamw), abs=1e-5)
+
+
+def test_muon_learns_alike_on_two_processes(texts: Path, whole: Path, tmp_path: Path) -> None:
+    out = tmp_path / "run"
+    in_processes(config_file(tmp_path, run_values(texts, out)), 2)
+    ours, theirs = ([line["next"] for line in metrics(folder) if "next" in line] for folder in (out, whole))
+    assert ours[0] == pytest.approx(theirs[0], abs=1e-5)
+    assert ours == pytest.approx(theirs, abs=0.1)
+
+
+def test_a_step_that_cannot_be_divided_over_the_processes_is_refused(texts: Path, tmp_path: Path) -> None:
+    processes = loop.Processes(0, 3, torch.device("cpu"), None)
+    with pytest.raises(kvell.InputError, match="cannot be divided over 3 processes: use a multiple of 3"):
+        loop.Training(settings(texts, tmp_path / "run"), processes, False, False)
+
+
+def refused(texts: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str], *options: str, **changes: Any) -> str:
+    """What `kvell train` says, in one line, of a run that cannot be."""
+    file = config_file(tmp_path, run_values(texts, tmp_path / "run", **changes))
+    assert cli.main(["train", str(file), *options]) == 1
+    said = capfd.readouterr().err.strip()
+    assert said.startswith("error: ")
+    assert len(said.splitlines()) == 1
+    return said
+
+
+def test_files_that_are_no_text_are_named_counted_and_skipped_only_if_asked(
+    texts: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    folder = tmp_path / "texts"
+    folder.mkdir()
+    (folder / "good.txt").write_bytes((texts / "cmd.txt").read_bytes())
+    (folder / "bad.txt").write_bytes(b"caf\xe9")
+    (folder / "worse.txt").write_bytes(b"\xff\xfe")
+    data = {"sources": [{"kind": "files", "paths": [str(folder)]}], "held_out": 0}
+    said = refused(texts, tmp_path, capfd, data=data)
+    assert "2 files cannot be read as text" in said
+    assert "bad.txt (not UTF-8)" in said
+    assert "worse.txt (not UTF-8)" in said
+    assert "--skip-bad" in said
+    corpus = read_corpus(Data(**data), skip_bad=True)
+    assert [Path(document.name).name for document in corpus.training] == ["good.txt"]
+    assert len(corpus.unreadable) == 2
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"data": {"sources": [{"kind": "files", "paths": ["{empty}"]}]}}, "the corpus is empty"),
+        ({"data": {"sources": [{"kind": "files", "paths": ["/nowhere/at/all"]}]}}, "there is no /nowhere/at/all"),
+        ({"data": {"sources": []}}, "data.sources: there is at least one"),
+        ({"stages": []}, "stages: there is at least one"),
+        ({"stages": [{"steps": 1, "length": 128, "tokens": 64}]}, "stages.0: length 128 is more than the 64 tokens"),
+        ({"tokenizer": {"vocab_size": 400}}, "tokenizer.vocab_size 400 is not the model's 320"),
+        ({"tokenizer": "/nowhere"}, "/nowhere/tokenizer.json cannot be read"),
+        ({"optimizer": {"kind": "adam"}}, "optimizer.kind"),
+        ({"lr": 0.1}, "lr: unknown field; allowed are model, tokenizer, data, stages, optimizer"),
+        ({"trackers": ["trackio"]}, "trackio is not installed"),
+        ({"device": "cuda:9"}, "device cuda:9 is not to be had here"),
+    ],
+)
+def test_what_cannot_be_trained_is_said_in_one_line(
+    texts: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str], changes: dict[str, Any], said: str
+) -> None:
+    (tmp_path / "empty").mkdir()
+    changes = json.loads(json.dumps(changes).replace("{empty}", str(tmp_path / "empty")))
+    assert said in refused(texts, tmp_path, capfd, **changes)
+
+
+def test_the_standard_library_is_there_to_learn_from_with_its_documentation() -> None:
+    corpus = read_corpus(Data(sources=({"kind": "standard_library", "docstrings": True},), held_out=0.05))
+    names = {document.name for document in corpus.training + corpus.held_out}
+    assert {"argparse.py", "json/decoder.py", "json/decoder.py (documentation)"} <= names
+    assert not any(name.startswith(("test/", "encodings/")) for name in names)
+    held_out = {document.name for document in corpus.held_out}
+    assert 0.02 < len(held_out) / len(names) < 0.08
+    assert all(f"{name.removesuffix(' (documentation)')}" in held_out for name in held_out)
