@@ -17,7 +17,7 @@ from kvell.cache import Cache
 from kvell.model import Decoder
 from kvell.training.batches import Encode, drawn
 from kvell.training.settings import Evaluation
-from kvell.training.tasks import accuracy_by_distance, solved
+from kvell.training.tasks import accuracy_by_distance, right_answers
 from kvell.training.tokens import TokenDocument
 
 POSITIONS = (0, 256, 1024, 4096, 16384, 65536)
@@ -82,10 +82,11 @@ def evaluate_tasks(
         for length in settings.lengths:
             rng = random.Random(f"{seed} evaluation {number} {length}")
             cases = [drawn(task, length, documents, encode, bos, rng) for _ in range(settings.cases)]
-            shares = accuracy_by_distance(model, cases, [0, *(2**power for power in range(8, 21, 2))])
+            right = [right_answers(model, case) for case in cases]
+            shares = accuracy_by_distance(model, cases, [0, *(2**power for power in range(8, 21, 2))], right)
             figures[f"{task.kind} at {length}"] = {
                 "cases": len(cases),
-                "solved": sum(solved(model, cases)),
+                "solved": sum(all(answers) for answers in right),
                 "accuracy_by_distance": {f"{low}-{high}": asdict(each) for (low, high), each in shares.items()},
             }
     return figures

@@ -283,22 +283,24 @@ class Accuracy:
 
 
 def accuracy_by_distance(
-    model: Decoder, examples: Sequence[Example], edges: Sequence[int]
+    model: Decoder, examples: Sequence[Example], edges: Sequence[int], right: Sequence[Sequence[bool]] | None = None
 ) -> dict[tuple[int, int], Accuracy]:
     """How many answers are right, by their distance: (low, high) holds those of low <= distance < high.
 
-    An answer is right if it is the token with the largest logit, given the true tokens before it. InputError for
-    edges that do not rise and for a distance outside them.
+    `right` is what `right_answers` said of every example, where that is known already. InputError for edges that do
+    not rise and for a distance outside them.
     """
     if len(edges) < 2 or any(low >= high for low, high in pairwise(edges)):
         raise InputError(f"edges {list(edges)}: at least two, each larger than the one before")
     distances = [distance for example in examples for distance in example.distances]
     if outside := [distance for distance in distances if not edges[0] <= distance < edges[-1]]:
         raise InputError(f"an answer at a distance of {outside[0]} is outside the edges {edges[0]} to {edges[-1]}")
-    right = [answer for example in examples for answer in right_answers(model, example)]
+    if right is None:
+        right = [right_answers(model, example) for example in examples]
+    answers = [answer for each in right for answer in each]
     found = {}
     for low, high in pairwise(edges):
-        own = [answer for answer, distance in zip(right, distances, strict=True) if low <= distance < high]
+        own = [answer for answer, distance in zip(answers, distances, strict=True) if low <= distance < high]
         found[low, high] = Accuracy(sum(own), len(own))
     return found
 
