@@ -8,6 +8,7 @@ The text is a module of the standard library that the model was not trained on.
 
 import argparse
 import random
+import sys
 import time
 from pathlib import Path
 
@@ -38,6 +39,10 @@ def main() -> None:
     longest = sorted(read_corpus(recipe.data).held_out, key=lambda document: -len(document.text))
     tokenizer = kvell.Tokenizer.from_pretrained(bundled_model_path())
     model = kvell.from_pretrained(bundled_model_path(), dtype=torch.float32)
+    if options.length > model.config.max_positions:
+        raise kvell.InputError(
+            f"--length {options.length} is more than the model's {model.config.max_positions} positions"
+        )
     bos, *text = [token for document in longest for token in tokenizer.encode(document.text)[: options.length]]
     text = [token for token in text if token != bos]
     case = Passkey(length=options.length).draw(
@@ -75,4 +80,7 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    try:
+        main()
+    except kvell.KvellError as error:
+        sys.exit(f"error: {error}")
