@@ -4,7 +4,6 @@ on two processes as on one. Small runs over a mixed config, on files of the stan
 import json
 import os
 import signal
-import socket
 import subprocess
 import sys
 import sysconfig
@@ -280,13 +279,15 @@ def test_patience_ends_a_run_and_keeps_the_best_model(
     assert torch.equal(weights(tmp_path / "run")["embedding.weight"], embeddings[1])
 
 
+def torchrun(count: int, *program: str) -> None:
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={count}", *program]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, f"exit code {done.returncode}; {done.stderr}"
+    assert "FSDP" not in done.stderr, done.stderr
+
+
 def in_processes(file: Path, count: int) -> None:
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    command = [sys.executable, "-m", "torch.distributed.run", f"--nproc-per-node={count}", f"--master-port={port}"]
-    done = subprocess.run([*command, "-m", "kvell.train", str(file)], capture_output=True, text=True, timeout=300)
-    assert done.returncode == 0, done.stderr[-3000:]
+    torchrun(count, "-m", "kvell.train", str(file))
 
 
 # Muon orthogonalises in bf16, where a sharded matrix's other order of summing shows at once.
@@ -317,6 +318,31 @@ def test_a_checkpoint_of_one_process_goes_on_in_two(texts: Path, whole_by_adamw:
             os.kill(os.getpid(), signal.SIGTERM)
 
     loop.train(TrainingConfig.read(file), on_step=stop_at_nine)
+    in_processes(file, 2)
+    assert losses(out) == pytest.approx(losses(whole_by_adamw), abs=1e-5)
+
+
+def test_a_signal_to_one_process_ends_all_after_the_same_step(
+    texts: Path, whole_by_adamw: Path, tmp_path: Path
+) -> None:
+    out = tmp_path / "run"
+    file = config_file(tmp_path, run_values(texts, out, optimizer=ADAMW))
+    program = tmp_path / "stopped.py"
+    program.write_text(
+        f"""
+import os, signal
+from kvell.training import loop
+from kvell.training.settings import TrainingConfig
+
+def stop_the_second_at_nine(report):
+    if report.step == 9 and os.environ["RANK"] == "1":
+        os.kill(os.getpid(), signal.SIGTERM)
+
+outcome = loop.train(TrainingConfig.read({str(file)!r}), on_step=stop_the_second_at_nine)
+assert (outcome.reason, outcome.step) == ("stopped", 9), outcome
+"""
+    )
+    torchrun(2, str(program))
     in_processes(file, 2)
     assert losses(out) == pytest.approx(losses(whole_by_adamw), abs=1e-5)
 

@@ -120,7 +120,7 @@ class Training:
                 if self._is_due(config.evaluation.every) and self._evaluate(trackers):
                     reason = "patience"
                     break
-                if stop.is_set():
+                if self.processes.any(stop.is_set()):
                     reason = "stopped"
                     break
                 if self._is_due(config.checkpoints.every):
@@ -205,6 +205,7 @@ class Training:
             return Outcome(reason, self.progress.step, folder, {})
         if reason != "patience":  # else the best model is there already
             self.folder.export(self.model, self.tokenizer)
+        self.processes.leave()
         if not self.processes.is_first:
             return Outcome(reason, self.progress.step, folder, {})
         model = from_pretrained(folder, dtype=torch.float32, device=self.processes.device)

@@ -6,6 +6,7 @@ weights, not the step. Processes divide a step's micro-batches among them, so a 
 """
 
 import os
+import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -55,6 +56,8 @@ class Processes:
         if self.mesh is None:
             return
         whole = {parameter for parameter in model.parameters() if not parameter.requires_grad}
+        # FSDP warns of views that are then changed in place, which nothing here does.
+        warnings.filterwarnings("ignore", r"FSDP2-wrapped module .* returned a view tensor")
         for layer in model.layers:
             fully_shard(layer, mesh=self.mesh, ignored_params=whole)
         fully_shard(model, mesh=self.mesh, ignored_params=whole)
@@ -75,12 +78,17 @@ class Processes:
             dist.all_reduce(values)
         return values
 
+    def any(self, here: bool) -> bool:
+        """Whether it is so on any process: what all of them are then to act on, in the same step."""
+        return bool(self.total(torch.tensor(float(here), device=self.device)))
+
     def wait(self) -> None:
         """Until every process has come this far."""
         if self.mesh is not None:
             dist.barrier()
 
     def leave(self) -> None:
+        """Ends working together; each goes on alone."""
         if dist.is_initialized():
             dist.destroy_process_group()
 
