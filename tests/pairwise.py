@@ -259,3 +259,8 @@ def config_of(names: tuple[str, ...], number: int) -> ModelConfig:
 def _parts(techniques: list[Technique]) -> list[Any]:
     names = [technique.name for technique in techniques]
     return [one.make(None if one.source is None else names.index(one.source)) for one in techniques]
+
+
+def configs() -> dict[str, ModelConfig]:
+    """The models' configs, by the techniques in them."""
+    return {" + ".join(names): config_of(names, number) for number, names in enumerate(models())}

@@ -18,7 +18,7 @@ from pairwise import (
     SPARSE,
     TECHNIQUES,
     compressed,
-    config_of,
+    configs,
     convolutional,
     grouped_query,
     models,
@@ -44,7 +44,7 @@ from kvell.layers.compressor import Compressor
 from kvell.layers.feed_forward import GatedMLP
 from kvell.step import Step
 
-MODELS = {" + ".join(names): config_of(names, number) for number, names in enumerate(models())}
+MODELS = configs()
 every_model = pytest.mark.parametrize("config", MODELS.values(), ids=[str(number) for number in range(len(MODELS))])
 
 

@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 import torch
 import yaml
+from pairwise import configs
 from torch import Tensor
 
 import kvell
@@ -277,6 +278,33 @@ def test_patience_ends_a_run_and_keeps_the_best_model(
     outcome = loop.train(settings(texts, tmp_path / "run", evaluation={"every": 2, "patience": 2}))
     assert (outcome.reason, outcome.step) == ("patience", 8)
     assert torch.equal(weights(tmp_path / "run")["embedding.weight"], embeddings[1])
+
+
+@pytest.mark.parametrize("config", configs().values(), ids=[str(number) for number in range(len(configs()))])
+def test_any_mix_of_techniques_goes_on_as_if_it_had_not_been_killed(
+    config: kvell.ModelConfig, texts: Path, tmp_path: Path
+) -> None:
+    """Every two techniques stand together in one of these: four steps, and three of which the last is lost."""
+    changes = {
+        "model": {**json.loads(config.to_json()), "vocab_size": 320},
+        "data": {"sources": [{"kind": "files", "paths": [str(texts / "bisect.txt"), str(texts / "hmac.txt")]}]},
+        "stages": [{"steps": 4, "length": 64, "tokens": 128}],
+        "losses": {"index": 0.1, "balance": 0.01, "bias_rate": 0.01, "draft": 0.3},
+        "checkpoints": {"every": 2},
+    }
+
+    def die_at_three(report: loop.StepReport) -> None:
+        if report.step == 3:
+            raise KeyboardInterrupt
+
+    loop.train(settings(texts, tmp_path / "whole" / "run", **changes))
+    with pytest.raises(KeyboardInterrupt):
+        loop.train(settings(texts, tmp_path / "killed" / "run", **changes), on_step=die_at_three)
+    loop.train(settings(texts, tmp_path / "killed" / "run", **changes))
+    assert losses(tmp_path / "killed" / "run") == losses(tmp_path / "whole" / "run")
+    ours, theirs = (weights(tmp_path / name / "run") for name in ("killed", "whole"))
+    assert ours.keys() == theirs.keys()
+    assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
 
 
 def torchrun(count: int, *program: str) -> None:
