@@ -16,6 +16,7 @@ from torch.autograd.function import once_differentiable
 
 from kvell.kernels.triton.hyper_connections_backward import read_backward
 from kvell.kernels.triton.launch import blocks, on_device_of, power_of_two
+from kvell.kernels.triton.products import product_added
 
 # Tokens per product (the least that a matrix unit takes), and channels per block.
 TOKENS, CHANNELS = 16, 128
@@ -134,7 +135,7 @@ def _project(
         columns = tl.load(
             weight + number[None, :] * width + channel[:, None], (number < count)[None, :] & inside[:, None], 0.0
         )
-        products = tl.dot(rows, columns, products, input_precision="tf32x3")
+        products = product_added(rows, columns, products)
         square += tl.sum(rows * rows, 1)
     at = tl.program_id(1).to(tl.int64) * tokens + token
     tl.store(squares + at, square, token < tokens)

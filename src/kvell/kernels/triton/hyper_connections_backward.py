@@ -15,6 +15,7 @@ import triton.language as tl
 from torch import Tensor
 
 from kvell.kernels.triton.launch import blocks, on_device_of, power_of_two
+from kvell.kernels.triton.products import product, product_added
 
 TOKENS, CHANNELS, WIDE = 16, 128, 1024
 TOKEN_SLICE = 1024  # tokens whose share of the weights' gradient is one program's
@@ -189,7 +190,7 @@ def _streams(
         (number < count)[:, None] & inside[None, :],
         0.0,
     )
-    through = tl.dot(flow, columns, input_precision="tf32x3")
+    through = product(flow, columns)
     root = tl.load(roots + token, known, 0.0)[:, None]
     at = (token * N + stream)[:, None] * channels + channel[None, :]
     own = tl.load(h + at, both, 0.0).to(tl.float32)
@@ -227,6 +228,6 @@ def _weights(
         )
         rows = tl.load(h + token[:, None] * width + channel[None, :], known[:, None] & inside[None, :], 0.0)
         rows = rows.to(tl.float32) * tl.load(roots + token, known, 0.0)[:, None]
-        total = tl.dot(flow, rows, total, input_precision="tf32x3")
+        total = product_added(flow, rows, total)
     at = (tl.program_id(1).to(tl.int64) * count + number[:, None]) * width + channel[None, :]
     tl.store(shares + at, total, (number < count)[:, None] & inside[None, :])
