@@ -29,19 +29,26 @@ def compiled_only() -> Iterator[dict[str, Any]]:
     def compile_it(self: JITFunction, *args: Any, grid: Any, warmup: bool, **options: Any) -> None:
         signature: dict[str, str] = {}
         constants: dict[str, Any] = {}
-        named = {parameter.name: options.pop(parameter.name) for parameter in self.params if parameter.name in options}
+        named = {
+            parameter.name: options.pop(parameter.name) for parameter in self.params if parameter.name in options
+        }
         values = [*args, *(named[parameter.name] for parameter in self.params[len(args) :])]
-        for parameter, value in zip(self.params, values, strict=True):
-            if parameter.is_constexpr:
+        divisible: dict[tuple[int], Any] = {}
+        for number, (parameter, value) in enumerate(zip(self.params, values, strict=True)):
+            # As a launch does: a 1 is a constant, and what 16 divides is known to be so.
+            if parameter.is_constexpr or (type(value) is int and value == 1):
                 signature[parameter.name], constants[parameter.name] = "constexpr", value
             elif isinstance(value, torch.Tensor):
                 signature[parameter.name] = "*" + TYPES[value.dtype]
+                divisible[number,] = [["tt.divisibility", 16]]
             else:
                 signature[parameter.name] = "fp32" if isinstance(value, float) else "i32"
-        source = ASTSource(fn=self, signature=signature, constexprs=constants)
+                if isinstance(value, int) and value % 16 == 0:
+                    divisible[number,] = [["tt.divisibility", 16]]
+        source = ASTSource(fn=self, signature=signature, constexprs=constants, attrs=divisible)
         name = self.fn.__name__
-        number = sum(key.split(" ")[0] == name for key in compiled)
-        compiled[f"{name} {number}"] = triton.compile(source, target=TARGET, options=options)
+        earlier = sum(key.split(" ")[0] == name for key in compiled)
+        compiled[f"{name} {earlier}"] = triton.compile(source, target=TARGET, options=options)
 
     before = JITFunction.run
     JITFunction.run = compile_it

@@ -1,7 +1,7 @@
 """Which version of a kernel runs: the one place where that is decided.
 
-Every kernel is a reference in plain torch, written to be read, and a fast version with the same arguments. Some have a
-third in Triton, which the fast version is on a CUDA device where Triton is installed. `use("reference")` runs the
+Every kernel is a reference in plain torch, written to be read, and a fast version with the same arguments. Some have
+a third in Triton, which the fast version is on a CUDA device where Triton is installed. `use("reference")` runs the
 references in a block of code:
 
     with kernels.use("reference"):

@@ -8,7 +8,6 @@ With the N streams h (N, C) of a token, flattened and normalised to x = h / rms(
     write:  stream k = post_k y + sum_j mix[j, k] h_j
 """
 
-import torch
 from jaxtyping import Float
 from torch import Tensor
 from torch.nn import functional as F

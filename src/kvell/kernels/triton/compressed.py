@@ -24,6 +24,7 @@ from kvell.kernels.triton.products import product, product_added
 from kvell.kernels.triton.slices import joined
 
 PROGRAMS = 256  # enough to keep a large GPU busy
+WIDEST_FP32 = 128  # blocks of wider fp32 heads do not fit into registers and shared memory: torch does these
 LOWEST = tl.constexpr(-1e30)  # below every score, and finite: a difference of two is a number
 
 
@@ -38,6 +39,8 @@ def compressed_attention(
     scale: float,
     window: int,
 ) -> Tensor:
+    if query.dtype == torch.float32 and query.shape[2] > WIDEST_FP32:
+        return compressed_attention_blocked(query, rows, entries, visible, picks, sink, scale=scale, window=window)
     if torch.are_deterministic_algorithms_enabled():
         plain = partial(compressed_attention_blocked, scale=scale, window=window)
         fast = partial(_without_gradients, scale=scale, window=window)
@@ -71,7 +74,8 @@ class _Attention(torch.autograd.Function):
     @staticmethod
     @once_differentiable  # type: ignore[untyped-decorator]
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
-        return (*_backward(*ctx.saved_tensors, gradient.contiguous(), *ctx.settings), None, None)
+        scale, window = ctx.settings
+        return (*_backward(ctx.saved_tensors, gradient.contiguous(), scale, window), None, None)
 
 
 def _in_order(
@@ -86,15 +90,16 @@ def _in_order(
 def _shape(query: Tensor, picked: bool, backward: bool = False) -> dict[str, int]:
     """Sides of a program's blocks, and its warps: what of queries, keys and sums fits into registers."""
     _, heads, width = query.shape
-    large = query.dtype.itemsize > 2 or backward
     filled = power_of_two(width, 16)
-    most = 64 if not large else 16 if filled > 128 else 32
+    if backward or query.dtype.itemsize > 2:
+        most = keys = 32 if filled * query.dtype.itemsize <= 256 else 16
+    else:
+        most, keys = 64, 64 if filled <= 128 else 32
     at_once = min(power_of_two(heads), most)
     if picked:
         at_once, queries = max(at_once, 16), 1
     else:
         queries = most // at_once
-    keys = 64 if filled <= 128 and not large else 16 if filled > 128 and large else 32
     return {
         "QUERIES": queries,
         "HEADS": at_once,
@@ -138,19 +143,8 @@ def _forward(
     return output.view_as(query), logarithm
 
 
-def _backward(
-    query: Tensor,
-    rows: Tensor,
-    entries: Tensor,
-    visible: Tensor,
-    picks: Tensor | None,
-    sink: Tensor,
-    output: Tensor,
-    logarithm: Tensor,
-    gradient: Tensor,
-    scale: float,
-    window: int,
-) -> tuple[Tensor | None, ...]:
+def _backward(saved: tuple[Tensor, ...], gradient: Tensor, scale: float, window: int) -> tuple[Tensor | None, ...]:
+    query, rows, entries, visible, picks, sink, output, logarithm = saved
     count, heads, width = query.shape
     shape = _shape(query, picks is not None, backward=True)
     grad_query = torch.empty_like(query)
@@ -190,7 +184,7 @@ def _near(at, query, queries, held, window, KEYS: tl.constexpr):
 
 @triton.jit
 def _far(at, sees, picks, far, PICKED: tl.constexpr, KEYS: tl.constexpr):
-    """Entries from `at` on, or those that one query picked: where they lie, which exist, and which each query sees."""
+    """Entries from `at` on, or of those that one query picked, in the same words."""
     key = at + tl.arange(0, KEYS)
     exists = key < far
     if PICKED:

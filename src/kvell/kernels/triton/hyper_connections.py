@@ -73,7 +73,8 @@ class _Read(torch.autograd.Function):
     @once_differentiable  # type: ignore[untyped-decorator]
     def backward(ctx: Any, grad_x: Tensor, grad_post: Tensor, grad_mix: Tensor) -> tuple[Tensor | None, ...]:
         wanted = ctx.needs_input_grad[0], ctx.needs_input_grad[1]
-        gradients = read_backward(*ctx.saved_tensors, *ctx.settings, grad_x, grad_post, grad_mix, wanted)
+        steps, eps = ctx.settings
+        gradients = read_backward(ctx.saved_tensors, (grad_x, grad_post, grad_mix), wanted, iterations=steps, eps=eps)
         return (*gradients, None, None, None)
 
 

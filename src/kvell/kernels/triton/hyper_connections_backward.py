@@ -22,23 +22,18 @@ TOKEN_SLICE = 1024  # tokens whose share of the weights' gradient is one program
 
 
 def read_backward(
-    h: Tensor,
-    weight: Tensor,
-    base: Tensor,
-    scale: Tensor,
-    numbers: Tensor,
-    roots: Tensor,
+    saved: tuple[Tensor, ...],
+    gradients: tuple[Tensor, Tensor, Tensor],
+    wanted: tuple[bool, bool],
+    *,
     iterations: int,
     eps: float,
-    grad_x: Tensor,
-    grad_post: Tensor,
-    grad_mix: Tensor,
-    wanted: tuple[bool, bool],
 ) -> tuple[Tensor | None, Tensor | None, Tensor, Tensor]:
-    """The gradients of h and weight, as far as `wanted`, of base and of scale."""
+    """The gradients of h and weight, as far as `wanted`, of base and of scale, from those of x, post and mix."""
+    h, weight, base, scale, numbers, roots = saved
     tokens, streams, channels = h.shape
     count, width, filled = len(weight), streams * channels, power_of_two(len(weight), 16)
-    grad_x, grad_post, grad_mix = (x.contiguous() for x in (grad_x, grad_post, grad_mix))
+    grad_x, grad_post, grad_mix = (gradient.contiguous() for gradient in gradients)
     to_scaled, to_numbers = torch.empty_like(numbers), torch.empty_like(numbers)
     pre = numbers.new_empty(tokens, streams)
     grad_h = torch.empty_like(h) if wanted[0] else None
@@ -112,9 +107,7 @@ def _coefficients(
     tl.store(to_numbers + own + stream, flow * factor, real)
 
     factor = tl.load(scale + 1)
-    post = tl.sigmoid(
-        tl.load(numbers + own + N + stream, real, 0.0) * factor + tl.load(base + N + stream, real, 0.0)
-    )
+    post = tl.sigmoid(tl.load(numbers + own + N + stream, real, 0.0) * factor + tl.load(base + N + stream, real, 0.0))
     flow = tl.load(grad_post + token * N + stream, real, 0.0) * 2 * post * (1 - post)
     tl.store(to_scaled + own + N + stream, flow, real)
     tl.store(to_numbers + own + N + stream, flow * factor, real)

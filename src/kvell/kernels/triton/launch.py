@@ -42,7 +42,7 @@ class Recomputed(torch.autograd.Function):
                 for saved, need in zip(ctx.saved_tensors, needed, strict=True)
             ]
             outputs = ctx.plain(*tensors)
-        wanted = [tensor for tensor, need in zip(tensors, needed, strict=True) if need]
+        wanted = [tensor for tensor, need in zip(tensors, needed, strict=True) if need and tensor is not None]
         outputs = (outputs,) if isinstance(outputs, Tensor) else outputs
         found = iter(torch.autograd.grad(outputs, wanted, gradients, allow_unused=True))
         return (None, None, *(next(found) if need else None for need in needed))

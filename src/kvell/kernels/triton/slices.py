@@ -1,5 +1,5 @@
-"""Softmax over keys that several programs share out among them: each leaves its slice's output and the logarithm of its
-sum, and these are joined here.
+"""Softmax over keys that several programs share out among them: each leaves its slice's output and the logarithm of
+its sum, and these are joined here.
 
     o = sum_i exp(l_i) o_i / sum_i exp(l_i),   l = log sum_i exp(l_i)
 """
