@@ -21,6 +21,10 @@ from kvell.kernels.choice import reference_wanted, triton_wanted
 
 # Queries per block: large enough to keep the matrix products efficient, small enough to keep memory flat.
 QUERY_BLOCK = 256
+# A window narrower than this has blocks of so many queries all the same.
+SMALLEST_BLOCK = 64
+# Up to so many rows a single query's products are quicker one by one than through a kernel that starts threads.
+FEW_ROWS = 2048
 
 
 def attention(
@@ -43,7 +47,7 @@ def attention(
     if len(counts) > 1 and fresh and len(set(counts)) == 1 and not reference_wanted():
         # Sequences of one length with nothing before them (training): one call for all of them.
         batched = query.unflatten(0, (len(counts), counts[0]))
-        return _blocks(batched, torch.stack(list(keys)), torch.stack(list(values)), scale, window).flatten(0, 1)
+        return _several(batched, torch.stack(list(keys)), torch.stack(list(values)), scale, window).flatten(0, 1)
     outputs = [
         run(q, key, value, scale=scale, window=window)
         for q, key, value in zip(query.split(list(counts)), keys, values, strict=True)
@@ -82,37 +86,104 @@ def attention_blocked(
 ) -> Float[Tensor, "T H D"]:
     """One sequence; a single query needs no mask at all, more run in blocks."""
     if query.shape[0] > 1:
-        return _blocks(query[None], key[None], value[None], scale, window)[0]
+        return _several(query[None], key[None], value[None], scale, window)[0]
     if window is not None:
         key, value = key[-window:], value[-window:]
     # The query heads that read one KV head stand as that head's rows: grouping without repeating a key.
-    grouped = query.view(1, key.shape[1], -1, query.shape[2])
-    k, v = key.transpose(0, 1)[None], value.transpose(0, 1)[None]
-    return F.scaled_dot_product_attention(grouped, k, v, scale=scale).reshape(query.shape)
+    grouped = query.view(key.shape[1], -1, query.shape[2])
+    k, v = key.transpose(0, 1), value.transpose(0, 1)
+    if len(key) <= FEW_ROWS:
+        weights = (grouped * scale @ k.mT).softmax(-1)
+        return (weights @ v).reshape(query.shape)
+    return F.scaled_dot_product_attention(grouped[None], k[None], v[None], scale=scale).reshape(query.shape)
 
 
-def _blocks(
+def _several(
     query: Float[Tensor, "B n H D"],
     key: Float[Tensor, "B S K D"],
     value: Float[Tensor, "B S K D"],
     scale: float,
     window: int | None,
 ) -> Float[Tensor, "B n H D"]:
-    """Blocks of queries against the slice of keys that any of a block's queries sees."""
+    """Sequences of one length, with several queries each: the cheapest way for the part of the past they see."""
     count, total = query.shape[1], key.shape[1]
     q, k, v = (x.transpose(1, 2) for x in (query, key, value))
-    if total == count and (window is None or window >= count):
+    if window is not None and window < total:
+        y = _banded(q, k, v, scale, window)
+    elif total == count:
         y = _grouped(q, k, v, scale=scale, is_causal=True)
-        return y.transpose(1, 2)
+    elif q.device.type == "cpu" and not torch.is_grad_enabled():
+        y = _past_and_present(q, k, v, scale)
+    else:
+        y = _masked(q, k, v, scale, None)
+    return y.transpose(1, 2)
+
+
+def _past_and_present(
+    q: Float[Tensor, "B H n D"], k: Float[Tensor, "B K S D"], v: Float[Tensor, "B K S D"], scale: float
+) -> Float[Tensor, "B H n D"]:
+    """All of what stands before the step, which needs no mask, and the step itself, which is causal: two softmaxes,
+    joined by their sums. The heads of a group stand as one head's rows over the past, so no key is repeated."""
+    count, past, group = q.shape[2], k.shape[2] - q.shape[2], q.shape[1] // k.shape[1]
+    flash = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
+    folded = q.unflatten(1, (-1, group)).flatten(2, 3)
+    before, before_sum = flash(folded, k[:, :, :past], v[:, :, :past], scale=scale)
+    own_k, own_v = (x[:, :, past:].repeat_interleave(group, dim=1) for x in (k, v))
+    own, own_sum = flash(q, own_k, own_v, is_causal=True, scale=scale)
+    before = before.unflatten(2, (group, count)).flatten(1, 2)
+    before_sum = before_sum.unflatten(2, (group, count)).flatten(1, 2)
+    share = torch.sigmoid(before_sum - own_sum)[..., None].to(own.dtype)
+    return torch.lerp(own, before, share)
+
+
+def _banded(
+    q: Float[Tensor, "B H n D"], k: Float[Tensor, "B K S D"], v: Float[Tensor, "B K S D"], scale: float, window: int
+) -> Float[Tensor, "B H n D"]:
+    """Queries in blocks that all see as many rows, one call for all of them; the rest, at the sequence's beginning and
+    the step's end, by itself."""
+    count, total = q.shape[2], k.shape[2]
+    block = min(max(window, SMALLEST_BLOCK), QUERY_BLOCK)
+    reach = block + window - 1  # the rows that a block's queries see
+    first = max(window - 1 - (total - count), 0)  # queries before this one have less than a window behind them
+    blocks = (count - first) // block
+    if blocks < 2:
+        return _masked(q, k, v, scale, window)
+    stop, rows = first + blocks * block, total - count + first - (window - 1)
+    k_blocks, v_blocks = (
+        x[:, :, rows : rows + (blocks - 1) * block + reach].unfold(2, reach, block).mT.transpose(1, 2).flatten(0, 1)
+        for x in (k, v)
+    )
+    q_blocks = q[:, :, first:stop].unflatten(2, (blocks, block)).transpose(1, 2).flatten(0, 1)
+    mask = _band(block, reach, window, q.device)
+    inner = _grouped(q_blocks, k_blocks, v_blocks, scale=scale, attn_mask=mask)
+    inner = inner.unflatten(0, (-1, blocks)).transpose(1, 2).flatten(2, 3)
+    ends = [inner]
+    if first:
+        behind = total - count + first
+        ends.insert(0, _masked(q[:, :, :first], k[:, :, :behind], v[:, :, :behind], scale, window))
+    if stop < count:
+        ends.append(_masked(q[:, :, stop:], k, v, scale, window))
+    return torch.cat(ends, dim=2) if len(ends) > 1 else inner
+
+
+def _masked(
+    q: Float[Tensor, "B H n D"],
+    k: Float[Tensor, "B K S D"],
+    v: Float[Tensor, "B K S D"],
+    scale: float,
+    window: int | None,
+) -> Float[Tensor, "B H n D"]:
+    """Blocks of queries, each with a mask over the slice of keys that any of them sees."""
+    count, total = q.shape[2], k.shape[2]
     outputs = []
     for start in range(0, count, QUERY_BLOCK):
         stop = min(start + QUERY_BLOCK, count)
         last = total - count + stop
         first = 0 if window is None else max(total - count + start - window + 1, 0)
-        mask = _band(stop - start, last - first, window, query.device)
+        mask = _band(stop - start, last - first, window, q.device)
         block = (q[:, :, start:stop], k[:, :, first:last], v[:, :, first:last])
         outputs.append(_grouped(*block, scale=scale, attn_mask=mask))
-    return torch.cat(outputs, dim=2).transpose(1, 2)
+    return outputs[0] if len(outputs) == 1 else torch.cat(outputs, dim=2)
 
 
 def _grouped(
