@@ -16,7 +16,7 @@ from jaxtyping import Float
 from torch import Tensor
 from torch.nn import functional as F
 
-from kvell.kernels.choice import triton_wanted
+from kvell.kernels.choice import reference_wanted, triton_wanted
 from kvell.kernels.rotation import rotate
 
 
@@ -35,9 +35,11 @@ def convolved_heads(
     without cos and sin nothing turns."""
     if triton_wanted(laid):
         from kvell.kernels.triton.convolution import convolved_heads as run
-    else:
-        run = convolved_heads_reference
-    return run(laid, depthwise, depthwise_bias, grouped, grouped_bias, temperature, cos, sin, counts)
+
+        return run(laid, depthwise, depthwise_bias, grouped, grouped_bias, temperature, cos, sin, counts)
+    convolve = convolve_reference if reference_wanted() else convolve_as_products
+    convolved = convolve(laid, depthwise, depthwise_bias, grouped, grouped_bias)
+    return _heads_of(laid, convolved, grouped.shape[1], temperature, cos, sin, counts)
 
 
 def convolved_heads_reference(
@@ -51,17 +53,65 @@ def convolved_heads_reference(
     sin: Float[Tensor, "T pairs"] | None,
     counts: Sequence[int],
 ) -> tuple[Float[Tensor, "T H D"], Float[Tensor, "T K D"]]:
-    """The same in plain torch.
+    """The same in plain torch."""
+    convolved = convolve_reference(laid, depthwise, depthwise_bias, grouped, grouped_bias)
+    return _heads_of(laid, convolved, grouped.shape[1], temperature, cos, sin, counts)
 
-    All are convolved at once. Outputs that would look across a sequence's beginning are those of its first `reach`
-    rows, which nobody asks for.
-    """
+
+def convolve_reference(
+    laid: Float[Tensor, "L channels"],
+    depthwise: Float[Tensor, "channels 1 kernel"],
+    depthwise_bias: Float[Tensor, " channels"],
+    grouped: Float[Tensor, "channels D kernel2"],
+    grouped_bias: Float[Tensor, " channels"],
+) -> Float[Tensor, "V channels"]:
+    """Both convolutions, of all sequences at once: V = L - reach outputs, from the first row with all it reaches."""
     channels, width = grouped.shape[:2]
-    reach = depthwise.shape[2] + grouped.shape[2] - 2
     y = F.conv1d(laid.T[None], depthwise, depthwise_bias, groups=channels)
-    y = F.conv1d(y, grouped, grouped_bias, groups=channels // width)
-    convolved = _own_rows(F.pad(y, (reach, 0))[0].T, counts, reach).unflatten(1, (-1, width))
-    rows = _own_rows(laid, counts, reach).unflatten(1, (-1, width))
+    return F.conv1d(y, grouped, grouped_bias, groups=channels // width)[0].T
+
+
+def convolve_as_products(
+    laid: Float[Tensor, "L channels"],
+    depthwise: Float[Tensor, "channels 1 kernel"],
+    depthwise_bias: Float[Tensor, " channels"],
+    grouped: Float[Tensor, "channels D kernel2"],
+    grouped_bias: Float[Tensor, " channels"],
+) -> Float[Tensor, "V channels"]:
+    """The first as a multiply-add for each place of its kernel, the second as one product for each head."""
+    width, taps = grouped.shape[1:]
+    length = len(laid) - depthwise.shape[2] + 1
+    y = depthwise_bias
+    for place, weight in enumerate(depthwise[:, 0].unbind(1)):
+        y = torch.addcmul(y, laid[place : place + length], weight)
+    # (V, heads, D * kernel2), a channel's places side by side as in the weights.
+    reached = y.unfold(0, taps, 1).unflatten(1, (-1, width)).flatten(2)
+    weights = grouped.unflatten(0, (-1, width)).flatten(2)
+    heads = torch.baddbmm(grouped_bias.view(-1, 1, width), reached.transpose(0, 1), weights.mT)
+    return heads.transpose(0, 1).flatten(1)
+
+
+def _heads_of(
+    laid: Float[Tensor, "L channels"],
+    convolved: Float[Tensor, "V channels"],
+    width: int,
+    temperature: Float[Tensor, " K"] | None,
+    cos: Float[Tensor, "T pairs"] | None,
+    sin: Float[Tensor, "T pairs"] | None,
+    counts: Sequence[int],
+) -> tuple[Float[Tensor, "T H D"], Float[Tensor, "T K D"]]:
+    """Everything behind the convolutions. Outputs that would look across a sequence's beginning are those of its
+    first `reach` rows, which nobody asks for."""
+    reach, channels = len(laid) - len(convolved), laid.shape[1]
+    rows = laid[reach:]
+    if len(counts) > 1:
+        # Output i is about row i + reach: between two sequences stand `reach` outputs about neither.
+        own = [count + reach for count in counts[:-1]] + [counts[-1]]
+        rows, convolved = (
+            torch.cat([part[:count] for part, count in zip(x.split(own), counts, strict=True)])
+            for x in (rows, convolved)
+        )
+    rows, convolved = (x.unflatten(1, (-1, width)) for x in (rows, convolved))
     if temperature is None:
         query, key = normalised(convolved + rows), rows[:, :0]
     else:
@@ -74,11 +124,6 @@ def convolved_heads_reference(
     if cos is not None and sin is not None:
         query, key = rotate(query, cos, sin), rotate(key, cos, sin)
     return query, key
-
-
-def _own_rows(laid: Float[Tensor, "L channels"], counts: Sequence[int], reach: int) -> Float[Tensor, "T channels"]:
-    """Every sequence's rows without those it reaches back to."""
-    return torch.cat([sequence[reach:] for sequence in laid.split([count + reach for count in counts])])
 
 
 def normalised(x: Float[Tensor, "T heads D"]) -> Float[Tensor, "T heads D"]:

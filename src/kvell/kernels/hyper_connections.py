@@ -8,11 +8,12 @@ With the N streams h (N, C) of a token, flattened and normalised to x = h / rms(
     write:  stream k = post_k y + sum_j mix[j, k] h_j
 """
 
+import torch
 from jaxtyping import Float
 from torch import Tensor
 from torch.nn import functional as F
 
-from kvell.kernels.choice import triton_wanted
+from kvell.kernels.choice import reference_wanted, triton_wanted
 
 
 def hyper_read(
@@ -29,7 +30,7 @@ def hyper_read(
     if triton_wanted(h):
         from kvell.kernels.triton.hyper_connections import hyper_read as run
     else:
-        run = hyper_read_reference
+        run = hyper_read_reference if reference_wanted() else hyper_read_by_columns
     return run(h, weight, base, scale, iterations=iterations, eps=eps, norm_eps=norm_eps)
 
 
@@ -66,6 +67,47 @@ def hyper_read_reference(
     if iterations is not None:
         mix = sinkhorn(mix, iterations, eps)
     return collapse(pre.sigmoid() + eps, h), 2 * post.sigmoid(), mix
+
+
+def hyper_read_by_columns(
+    h: Float[Tensor, "T N C"],
+    weight: Float[Tensor, "M NC"],
+    base: Float[Tensor, " M"],
+    scale: Float[Tensor, "3"],
+    *,
+    iterations: int | None,
+    eps: float,
+    norm_eps: float,
+) -> tuple[Float[Tensor, "T C"], Float[Tensor, "T N"], Float[Tensor, "T N N"]]:
+    """The tokens are the last dimension of all that is done to the coefficients, and the norm is applied to the few
+    numbers behind the projection instead of the many before it."""
+    streams = h.shape[1]
+    flat = h.flatten(1).float()
+    shrink = (flat.square().mean(1, keepdim=True) + norm_eps).rsqrt()
+    factors = torch.cat(
+        [factor.expand(n) for factor, n in zip(scale, (streams, streams, streams**2), strict=True)]
+    )
+    numbers = torch.addcmul(base, F.linear(flat, weight) * shrink, factors)
+    gates, mix = numbers[:, : 2 * streams].sigmoid(), numbers[:, 2 * streams :]
+    if iterations is not None:
+        mix = _sinkhorn_by_columns(mix.T.contiguous().unflatten(0, (streams, streams)), iterations, eps).flatten(0, 1).T
+    return collapse(gates[:, :streams] + eps, h), 2 * gates[:, streams:], mix.unflatten(1, (streams, streams))
+
+
+def _sinkhorn_by_columns(logits: Float[Tensor, "N N T"], iterations: int, eps: float) -> Float[Tensor, "N N T"]:
+    """`sinkhorn` of every token's matrix at once, in place where no gradients are recorded."""
+    halves = [0] + [1, 0] * (iterations - 1)
+    mix = logits.softmax(1) + eps
+    if torch.is_grad_enabled():
+        for half in halves:
+            mix = mix / (mix.sum(half, keepdim=True) + eps)
+        return mix
+    sums = mix.new_empty(1, *mix.shape[1:]), mix.new_empty(mix.shape[0], 1, mix.shape[2])
+    offset = mix.new_tensor(eps)
+    for half in halves:
+        torch.sum(mix, half, keepdim=True, out=sums[half])
+        mix.div_(sums[half].add_(offset))
+    return mix
 
 
 def hyper_write_reference(

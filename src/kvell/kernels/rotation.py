@@ -13,10 +13,10 @@ def rotate(
 ) -> Float[Tensor, "T heads D"]:
     """Turns the first 2 x pairs channels of every head, (i, i + pairs); the rest pass through."""
     pairs = cos.shape[-1]
-    cos, sin = cos[:, None], sin[:, None]
-    a, b, rest = x[..., :pairs], x[..., pairs : 2 * pairs], x[..., 2 * pairs :]
-    turned = [a * cos - b * sin, b * cos + a * sin]
-    return torch.cat([*turned, rest] if rest.shape[-1] else turned, dim=-1)
+    halves = x[..., : 2 * pairs].unflatten(-1, (2, pairs))
+    sin = torch.stack([-sin, sin], dim=1)[:, None]
+    turned = torch.addcmul(halves * cos[:, None, None], halves.flip(-2), sin).flatten(-2)
+    return turned if 2 * pairs == x.shape[-1] else torch.cat([turned, x[..., 2 * pairs :]], dim=-1)
 
 
 def rotate_last(

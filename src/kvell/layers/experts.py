@@ -123,7 +123,8 @@ class MixtureFeedForward(nn.Module):
         y = experts(x, weights, chosen, self.gate_up_proj, self.down_proj, self.unit)
         if isinstance(self.config.router, MLPRouter) and self.config.router.skip_expert == "identity":
             y = y + x * (weights * (chosen == self.config.num_experts)).sum(-1, keepdim=True)
-        y = y * self.config.routed_scale
+        if self.config.routed_scale != 1:
+            y = y * self.config.routed_scale
         return y if self.shared_expert is None else y + self.shared_expert(x)
 
 

@@ -20,7 +20,10 @@ class RMSNorm(nn.Module):
         self.weight = nn.Parameter(torch.ones(width)) if weighted else None
 
     def forward(self, x: Float[Tensor, "*shape width"]) -> Float[Tensor, "*shape width"]:
-        weight = None if self.weight is None else self.weight.float()
+        weight = self.weight
+        if x.dtype == torch.float32 and (weight is None or weight.dtype == torch.float32):
+            return nn.functional.rms_norm(x, (self.width,), weight, self.eps)
+        weight = None if weight is None else weight.float()
         return nn.functional.rms_norm(x.float(), (self.width,), weight, self.eps).to(x.dtype)
 
     def extra_repr(self) -> str:
