@@ -12,7 +12,6 @@ process of its own per model takes two steps, and counts how far its resident si
 import argparse
 import json
 import platform
-import resource
 import statistics
 import subprocess
 import sys
@@ -155,18 +154,19 @@ class Learner:
         return time.perf_counter() - start
 
 
-def resident_bytes() -> int:
-    """What the process holds now (Linux)."""
-    return int(Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize()
+def resident_bytes(what: str) -> int:
+    """VmRSS, what the process holds now, or VmHWM, the most it held (Linux). getrusage's would count its parent's."""
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(f"{what}:"))
 
 
 def memory_of_a_step(name: str, width: int, batch: Batch, *, checkpointing: bool) -> int:
     """How far two steps raise the resident size, in this process, which must be fresh."""
     learner, tokens = Learner(config_of(name, width), checkpointing=checkpointing), batch.draw()
-    before = resident_bytes()
+    before = resident_bytes("VmRSS")
     for _ in range(2):
         learner.step(tokens)
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 - before
+    return resident_bytes("VmHWM") - before
 
 
 def memory_in_a_process(name: str, width: int, batch: Batch, threads: int, *, checkpointing: bool) -> int:

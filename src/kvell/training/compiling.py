@@ -9,11 +9,13 @@ Shapes are compiled in, not left open: a kernel for open shapes depends on the s
 first, and a run that goes on in a later stage would round otherwise than one that was never stopped.
 """
 
-from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import nn
+from torch._inductor.cpp_builder import get_cpp_compiler
+from torch._inductor.exc import InvalidCxxCompiler
+from torch.utils._triton import has_triton
 
 from kvell.errors import InputError
 from kvell.layer import Layer
@@ -60,15 +62,14 @@ def replace(module: nn.Module, name: str) -> None:
 
 
 def check_compiler(device: torch.device) -> None:
-    """InputError where torch.compile does not work on the device: it needs a C++ compiler, or Triton on a GPU."""
-    probe: Callable[[torch.Tensor], torch.Tensor] = torch.compile(
-        lambda x: x.sin() + 1, options={"force_disable_caches": True}
-    )
-    try:
-        probe(torch.zeros(8, device=device))
-    except Exception as error:  # whatever a missing or broken compiler makes torch raise
-        needed = "a C++ compiler such as g++" if device.type == "cpu" else "Triton and a C compiler"
-        reason = str(error).strip().splitlines()[0][:200] if str(error).strip() else type(error).__name__
-        raise InputError(
-            f"compile: nothing can be compiled for {device} ({reason}): install {needed}, or set compile to false"
-        ) from None
+    """InputError where torch.compile has nothing to compile with: a C++ compiler for the CPU, Triton for others."""
+    if device.type == "cpu":
+        try:
+            get_cpp_compiler()
+        except InvalidCxxCompiler:
+            raise InputError(
+                "compile: no C++ compiler works here: install g++, name another in the environment's CXX, or set "
+                "compile to false"
+            ) from None
+    elif not has_triton():
+        raise InputError(f"compile: no Triton works on {device}: install it, or set compile to false")
