@@ -3,6 +3,7 @@ on two processes as on one. Small runs over a mixed config, on files of the stan
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -387,6 +388,113 @@ def test_a_step_that_cannot_be_divided_over_the_processes_is_refused(texts: Path
     processes = loop.Processes(0, 3, torch.device("cpu"), None)
     with pytest.raises(kvell.InputError, match="cannot be divided over 3 processes: use a multiple of 3"):
         loop.Training(settings(texts, tmp_path / "run"), processes, False, False)
+
+
+# Per-layer embeddings would double what is compiled, in the same way.
+COMPILED = {**MIXED, "per_layer_embedding": None}
+COMPILER = os.environ.get("CXX", "g++")
+needs_compiler = pytest.mark.skipif(shutil.which(COMPILER) is None, reason=f"there is no {COMPILER}")
+
+
+@pytest.fixture(scope="module")
+def compiler_cache(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
+    """An environment whose compiled kernels are these tests' own."""
+    return {**os.environ, "TORCHINDUCTOR_CACHE_DIR": str(tmp_path_factory.mktemp("kernels"))}
+
+
+def program(text: str, environment: dict[str, str]) -> str:
+    """What a Python program prints, in a process of its own: these tests' shape checks cannot be compiled."""
+    done = subprocess.run([sys.executable, "-c", text], env=environment, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+@needs_compiler
+def test_compiled_parts_give_the_same_losses_and_gradients_whatever_the_lengths(
+    tmp_path: Path, compiler_cache: dict[str, str]
+) -> None:
+    """With and without activation checkpointing, and no other lengths are compiled anew."""
+    text = f"""
+import json, torch, kvell
+from torch._dynamo.utils import counters
+from kvell.config_file import resolve
+from kvell.training.batches import MicroBatch, Piece
+from kvell.training.compiling import compile_parts
+from kvell.training.losses import Totals, step_loss
+from kvell.training.settings import Losses
+torch.set_num_threads(1)
+
+def learnt(compiled, checkpointing, counts):
+    torch.manual_seed(0)
+    model = kvell.Decoder(resolve({COMPILED!r}, "model"), activation_checkpointing=checkpointing)
+    if compiled:
+        compile_parts(model, torch.device("cpu"))
+        counters.clear()
+    batch = MicroBatch.of([Piece("", torch.randint(320, (count + 1,)).tolist()) for count in counts])
+    loss = step_loss(model, batch, Totals.of([batch]), Losses(balance=0.01)).loss
+    loss.backward()
+    gradients = [p.grad for p in model.parameters() if p.grad is not None]
+    return loss.item(), gradients, counters["stats"]["unique_graphs"]
+
+for checkpointing, counts in ((False, [30, 18]), (True, [30, 18]), (False, [11, 7, 30])):
+    mine, plain = (learnt(compiled, checkpointing, counts) for compiled in (True, False))
+    steepest = max(float(g.abs().max()) for g in plain[1])
+    apart = max(float((a - b).abs().max()) for a, b in zip(mine[1], plain[1], strict=True)) / steepest
+    print(json.dumps([abs(mine[0] - plain[0]), apart, mine[2]]))
+"""
+    lines = [json.loads(line) for line in program(text, compiler_cache).splitlines()]
+    assert len(lines) == 3
+    assert all(loss < 1e-5 and gradient < 1e-5 for loss, gradient, _ in lines)
+    assert [graphs > 0 for *_, graphs in lines] == [True, False, False]
+
+
+@needs_compiler
+def test_a_compiled_run_goes_on_as_if_it_had_not_been_killed_and_follows_the_plain_one(
+    texts: Path, tmp_path: Path, compiler_cache: dict[str, str]
+) -> None:
+    """Killed in its first stage, it goes on with the second, whose micro-batches have another size."""
+    stage = {"length": 40, "micro_batches": 2}
+    changes = {
+        "model": COMPILED,
+        "data": {"sources": [{"kind": "files", "paths": [str(texts / "bisect.txt"), str(texts / "hmac.txt")]}]},
+        "stages": [{"steps": 2, "tokens": 96, **stage}, {"steps": 2, "tokens": 128, **stage}],
+        "optimizer": ADAMW,
+        "checkpoints": {"every": 2},
+    }
+    killed, whole, plain = (tmp_path / name / "run" for name in ("killed", "whole", "plain"))
+    loop.train(settings(texts, plain, **changes))
+    for out in (killed, whole):
+        file = config_file(out.parent, run_values(texts, out, compile=True, **changes))
+        text = f"""
+import sys
+from kvell.training import loop
+from kvell.training.settings import TrainingConfig
+
+def die_at_three(report):
+    if report.step == 3 and {out == killed}:
+        sys.exit(0)
+
+loop.train(TrainingConfig.read({str(file)!r}), on_step=die_at_three)
+"""
+        program(text, compiler_cache)
+    assert len(losses(killed)) == 3
+    program(text.replace(str(whole.parent), str(killed.parent)), compiler_cache)
+    assert losses(whole) == pytest.approx(losses(plain), abs=1e-5)
+    assert losses(killed) == losses(whole)
+    ours, theirs = weights(killed), weights(whole)
+    assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
+
+
+def test_a_run_that_cannot_be_compiled_is_refused_in_one_line(texts: Path, tmp_path: Path) -> None:
+    file = config_file(tmp_path, run_values(texts, tmp_path / "run", compile=True))
+    environment = {**os.environ, "CXX": "/nowhere/g++", "TORCHINDUCTOR_CACHE_DIR": str(tmp_path / "kernels")}
+    command = [sys.executable, "-m", "kvell.train", str(file)]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 1
+    said = done.stderr.strip()
+    assert said.startswith("error: compile: no C++ compiler works here")
+    assert len(said.splitlines()) == 1
+    assert "or set compile to false" in said
 
 
 def refused(texts: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str], *options: str, **changes: Any) -> str:

@@ -23,6 +23,7 @@ from kvell.checkpoint.loading import available_device
 from kvell.errors import InputError, KvellError
 from kvell.model import Decoder
 from kvell.training.batches import MicroBatch, steps_of
+from kvell.training.compiling import compile_parts
 from kvell.training.corpus import Corpus, read_corpus
 from kvell.training.evaluation import evaluate_tasks, evaluate_texts
 from kvell.training.losses import Totals, step_loss
@@ -91,6 +92,8 @@ class Training:
         self.training, self.held_out = (self._ids_of(part) for part in (corpus.training, corpus.held_out))
         torch.manual_seed(config.seed)
         self.model = self._make_model().to(processes.device)
+        if config.compile:
+            compile_parts(self.model, processes.device)
         processes.shard(self.model)
         self.parameters = [parameter for parameter in self.model.parameters() if parameter.requires_grad]
         self.optimizers = optimizers(self.model, config.optimizer)

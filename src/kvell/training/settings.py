@@ -153,7 +153,8 @@ class Checkpoints(Part):
 
 class TrainingConfig(Part):
     """A whole run. `tokenizer` is one to train, or a directory that holds one. `start_from` takes the weights of a
-    model's directory, which must be of this config; without it they are fresh."""
+    model's directory, which must be of this config; without it they are fresh. `compile` runs the token-wise parts
+    through torch.compile, see compiling.py."""
 
     model: ModelConfig
     tokenizer: NewTokenizer | str
@@ -169,6 +170,7 @@ class TrainingConfig(Part):
     precision: Literal["float32", "bfloat16"] = "float32"
     save_dtype: Literal["float32", "bfloat16"] = "float32"
     activation_checkpointing: bool = False
+    compile: bool = False
     seed: NonNegativeInt = 0
     device: str = "cpu"
     threads: PositiveInt | None = None
