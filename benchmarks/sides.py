@@ -1,10 +1,11 @@
 """Kvell and transformers behind the same few calls, which a worker answers.
 
-Tokens are random but the same for both sides: position p of a seed's sequence is the same token, however long it is.
-A prompt stands in a slot, so that a worker can hold several contexts and decode in each when its turn comes.
+Tokens are random but the same for both sides: position p holds the same token in every prompt.
 """
 
 from abc import ABC, abstractmethod
+from functools import cache
+from itertools import pairwise
 from time import perf_counter
 from typing import Any
 
@@ -17,18 +18,22 @@ LONGEST = 1 << 21
 CHUNK = 1024  # transformers is fed by so many tokens, which is faster and smaller than a prompt in one call
 
 
-def sequence(start: int, stop: int, vocabulary: int, seed: int = 0) -> Tensor:
+@cache
+def _ids(vocabulary: int) -> Tensor:
+    return torch.randint(1, vocabulary, (LONGEST,), generator=torch.Generator().manual_seed(0))
+
+
+def sequence(start: int, stop: int, vocabulary: int) -> Tensor:
     """(1, stop - start): random tokens; never token 0, whose embedding some models do not train."""
-    ids = torch.randint(1, vocabulary, (LONGEST,), generator=torch.Generator().manual_seed(seed))
-    return ids[None, start:stop].clone()
+    return _ids(vocabulary)[None, start:stop].clone()
 
 
 class Side(ABC):
     """A model that is fed through its cache and timed."""
 
     def __init__(self) -> None:
-        self._caches: dict[str, Any] = {}
-        self._lengths: dict[str, int] = {}
+        self._cache: Any = None
+        self._length = 0
         self._at_rest = 0
 
     @abstractmethod
@@ -53,51 +58,53 @@ class Side(ABC):
         start = perf_counter()
         self._load(folder, **options)
         seconds = perf_counter() - start
-        cache = self._make_cache()
+        warm = self._make_cache()
         for low, high in ((0, 32), (32, 33)):
-            self._forward(sequence(low, high, self._vocabulary), cache)
+            self._forward(sequence(low, high, self._vocabulary), warm)
         self._at_rest = resident_bytes()
         return {"seconds": seconds, "resident_bytes": self._at_rest}
 
     def logits(self, prompt: int, decoded: int) -> list[list[float]]:
         """The last logits of a prompt and of each token decoded after it."""
-        cache = self._make_cache()
-        rows = [self._forward(sequence(0, prompt, self._vocabulary), cache)]
-        rows += [
-            self._forward(sequence(place, place + 1, self._vocabulary), cache)
-            for place in range(prompt, prompt + decoded)
-        ]
+        new = self._make_cache()
+        ends = [0, *range(prompt, prompt + decoded + 1)]
+        rows = [self._forward(sequence(low, high, self._vocabulary), new) for low, high in pairwise(ends)]
         return torch.stack(rows).float().tolist()
 
-    def prefill(self, tokens: int, slot: str = "") -> dict[str, Any]:
-        """Feeds a prompt into a new cache. The peak is the process's so far: ask for longer prompts last."""
-        self._caches.pop(slot, None)
-        ids = sequence(0, tokens, self._vocabulary)
+    def prefill(self, tokens: int) -> dict[str, Any]:
+        """Feeds a prompt into a new cache."""
+        self.drop()
+        return self.extend(tokens)
+
+    def extend(self, tokens: int) -> dict[str, Any]:
+        """Feeds what is missing until the cache holds so many tokens. The peak is the process's so far: ask for longer
+        prompts last."""
+        ids = sequence(self._length, tokens, self._vocabulary)
         start = perf_counter()
-        cache = self._make_cache()
-        self._forward(ids, cache)
+        if self._cache is None:
+            self._cache = self._make_cache()
+        self._forward(ids, self._cache)
         seconds = perf_counter() - start
-        self._caches[slot], self._lengths[slot] = cache, tokens
+        self._length = tokens
         return {
             "seconds": seconds,
             "peak_bytes": peak_resident_bytes() - self._at_rest,
-            "cache_bytes": self._nbytes(cache),
+            "cache_bytes": self._nbytes(self._cache),
         }
 
-    def decode(self, tokens: int, slot: str = "") -> list[float]:
+    def decode(self, tokens: int) -> list[float]:
         """Seconds of each of so many more tokens, its most probable successor found."""
-        cache, seconds = self._caches[slot], []
+        seconds = []
         for _ in range(tokens):
-            place = self._lengths[slot]
-            ids = sequence(place, place + 1, self._vocabulary)
+            ids = sequence(self._length, self._length + 1, self._vocabulary)
             start = perf_counter()
-            self._forward(ids, cache).argmax().item()
+            self._forward(ids, self._cache).argmax().item()
             seconds.append(perf_counter() - start)
-            self._lengths[slot] += 1
+            self._length += 1
         return seconds
 
     def drop(self) -> None:
-        self._caches.clear()
+        self._cache, self._length = None, 0
 
     def parameters(self) -> int:
         return sum(tensor.numel() for tensor in self._tensors())
@@ -110,7 +117,7 @@ class KvellSide(Side):
     def _load(self, folder: str, **options: Any) -> None:
         import kvell
 
-        self.model = kvell.from_pretrained(folder, **options)
+        self.model = kvell.from_pretrained(folder, **options).eval()
 
     @property
     def _vocabulary(self) -> int:
@@ -128,6 +135,16 @@ class KvellSide(Side):
 
     def _tensors(self) -> list[Tensor]:
         return list(self.model.parameters())
+
+
+class FreshSide(KvellSide):
+    """Kvell with fresh weights, from a config's file."""
+
+    def _load(self, folder: str, **options: Any) -> None:
+        import kvell
+
+        torch.manual_seed(0)
+        self.model = kvell.Decoder(kvell.ModelConfig.from_pretrained(folder), **options).eval()
 
 
 class TransformersSide(Side):
@@ -176,4 +193,4 @@ def tensors_in(value: Any) -> dict[int, Tensor]:
     return found
 
 
-SIDES: dict[str, type[Side]] = {"kvell": KvellSide, "transformers": TransformersSide}
+SIDES: dict[str, type[Side]] = {"kvell": KvellSide, "fresh kvell": FreshSide, "transformers": TransformersSide}
