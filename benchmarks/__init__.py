@@ -1,1 +1,1 @@
-"""What measures Kvell: `python -m benchmarks`, or one goal's module alone, such as `python -m benchmarks.small_models`."""
+"""What measures Kvell: `python -m benchmarks`, or one part such as `python -m benchmarks.growth`."""

@@ -126,7 +126,8 @@ def write_small(family: str, folder: Path, **changes: Any) -> Path:
     from transformers import AutoConfig, AutoModelForCausalLM
 
     settings = json.loads(json.dumps(COMMON | SMALL[family] | changes))
-    model: Any = AutoModelForCausalLM.from_config(AutoConfig.for_model(**settings))
+    models: Any = AutoModelForCausalLM
+    model = models.from_config(AutoConfig.for_model(**settings))
     randomise(model)
     model.save_pretrained(folder)
     if family == "zaya":

@@ -51,6 +51,7 @@ CSA = HCA | {
 }
 WINDOW = PLAIN | {"sliding_window": 128}
 HYPER, PER_LAYER = {"connection": {"kind": "hyper", "streams": 4}}, {"per_layer_embedding": {"width": 16}}
+NARROW = CCA | {"num_heads": 12, "sliding_window": 128}
 BUDGETED = [PLAIN | {"num_heads": 12, "sliding_window": 128}] * 3 + [PLAIN | {"num_heads": 4}]
 
 # A technique's attention, layer by layer, and what its config has besides.
@@ -64,7 +65,7 @@ TECHNIQUES: dict[str, tuple[Sequence[dict[str, Any]], dict[str, Any]]] = {
     "hyper-connections": ([PLAIN] * 4, HYPER),
     "per-layer embeddings": ([PLAIN] * 4, PER_LAYER),
     "head budgets": (BUDGETED, {}),
-    "all together": ([CCA | {"num_heads": 12, "sliding_window": 128}, HCA, CSA, HCA | {"kv_source": 1}], HYPER | PER_LAYER),
+    "all together": ([NARROW, HCA, CSA, HCA | {"kv_source": 1}], HYPER | PER_LAYER),
 }
 
 
@@ -171,8 +172,7 @@ def run(techniques: Sequence[str], *, longest: int, budget: float, threads: int 
         reached = list(results[technique])[-1]
         print(f"{technique}: up to {reached} tokens", file=sys.stderr, flush=True)
     goals = flatness_goals(results)
-    complete = 1.0 if len(results) == len(techniques) else 0.0
-    goals.append(Goal(4, "techniques measured", complete * len(techniques), "at least", len(techniques), "techniques"))
+    goals.append(Goal(4, "techniques measured", len(results), "at least", len(techniques), "techniques"))
     figures = {name: {"contexts": found, "exponents": exponents(found)} for name, found in results.items()}
     return Section("Cost by growth", tables_of(results), goals, figures, notes)
 

@@ -42,7 +42,7 @@ class Worker:
         environment["PYTHONPATH"] = os.pathsep.join(
             [str(ROOT), *(str(Path(part).resolve()) for part in sys.path if part)]
         )
-        self._complaints = tempfile.TemporaryFile()
+        self._complaints = tempfile.TemporaryFile()  # noqa: SIM115 - it lives as long as the worker
         self._process = subprocess.Popen(
             [sys.executable, "-m", "benchmarks.worker", side],
             cwd=ROOT,
@@ -106,7 +106,7 @@ def take_turns(sides: Mapping[Key, Worker], rounds: int, ask: Callable[[Worker],
     """Asks each worker once a round, one after another; every other round in the opposite order."""
     answers: dict[Key, list[Any]] = {key: [] for key in sides}
     for number in range(rounds):
-        order = list(sides) if number % 2 == 0 else list(reversed(sides))
+        order = list(sides) if number % 2 == 0 else list(sides)[::-1]
         for key in order:
             answers[key].append(ask(sides[key]))
     return answers

@@ -77,8 +77,8 @@ class Side(ABC):
         return self.extend(tokens)
 
     def extend(self, tokens: int) -> dict[str, Any]:
-        """Feeds what is missing until the cache holds so many tokens. The peak is the process's so far: ask for longer
-        prompts last."""
+        """Feeds what is missing until the cache holds so many tokens. The peak is the process's so far: long prompts
+        come last."""
         ids = sequence(self._length, tokens, self._vocabulary)
         start = perf_counter()
         if self._cache is None:

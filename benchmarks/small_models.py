@@ -149,7 +149,8 @@ def goals_of(family: str, found: dict[str, Any], very_long: dict[str, Any] | Non
 
 def tables_of(results: dict[str, Any]) -> list[str]:
     """One table a malloc setting, families by contexts."""
-    mallocs = sorted({name.split("/")[1] for found in results.values() for at in found["contexts"].values() for name in at})
+    measured = [name for found in results.values() for at in found["contexts"].values() for name in at]
+    mallocs = sorted({name.split("/")[1] for name in measured})
     header = ["", "prefill", "transformers", "", "decode", "transformers", "", "peak", "transformers", "", "cache"]
     tables = []
     for malloc in mallocs:
@@ -187,7 +188,8 @@ def run(
                 beyond = measure_very_long(family, very_long, mallocs[-1], threads)
                 for tokens, figures in beyond.items():
                     shown = f"prefill {seconds(figures['seconds'])}, decode {seconds(figures['decode'])} a token"
-                    notes.append(f"Kvell, {family}, {tokens} tokens: {shown}, peak {mebibytes(figures['peak_bytes'])}.")
+                    shown += f", peak {mebibytes(figures['peak_bytes'])}"
+                    notes.append(f"Kvell, {family}, {tokens} tokens: {shown}.")
             goals += goals_of(family, results[family], beyond if family == "deepseek_v4" else None)
         except WorkerError as error:
             notes.append(f"{family} failed: {error}")

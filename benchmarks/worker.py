@@ -5,6 +5,7 @@ import os
 import sys
 import warnings
 
+from benchmarks.llama_cpp import LlamaCppSide
 from benchmarks.sides import SIDES
 
 
@@ -13,7 +14,7 @@ def main() -> None:
     answers = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)
     warnings.simplefilter("ignore")
-    side = SIDES[sys.argv[1]]()
+    side = LlamaCppSide() if sys.argv[1] == "llama.cpp" else SIDES[sys.argv[1]]()
     for line in sys.stdin:
         request = json.loads(line)
         try:
