@@ -111,4 +111,4 @@ def _number(value: float) -> str:
 
 
 def _unit(unit: str) -> str:
-    return unit if unit == "x" else f" {unit}"
+    return unit if unit in ("x", "") else f" {unit}"

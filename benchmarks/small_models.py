@@ -151,7 +151,8 @@ def tables_of(results: dict[str, Any]) -> list[str]:
     """One table a malloc setting, families by contexts."""
     measured = [name for found in results.values() for at in found["contexts"].values() for name in at]
     mallocs = sorted({name.split("/")[1] for name in measured})
-    header = ["", "prefill", "transformers", "", "decode", "transformers", "", "peak", "transformers", "", "cache"]
+    header = ["", "prefill", "transformers", "", "decode", "transformers", "", "peak", "transformers", ""]
+    header += ["cache", "transformers"]
     tables = []
     for malloc in mallocs:
         rows = []
@@ -162,7 +163,7 @@ def tables_of(results: dict[str, Any]) -> list[str]:
                 for what, write in (("prefill", seconds), ("decode", seconds), ("peak_bytes", mebibytes)):
                     quotient = theirs[what] / ours[what] if ours[what] else None
                     row += [write(ours[what]), write(theirs[what]), ratio(quotient)]
-                rows.append([*row, mebibytes(ours["cache_bytes"])])
+                rows.append([*row, mebibytes(ours["cache_bytes"]), mebibytes(theirs["cache_bytes"])])
         tables.append(f"With {malloc} malloc settings:\n\n{table(header, rows)}")
     return tables
 
