@@ -6,7 +6,7 @@ import statistics
 from collections.abc import Callable
 from importlib import metadata
 from pathlib import Path
-from time import perf_counter
+from time import perf_counter, sleep
 from typing import Any
 
 import torch
@@ -21,8 +21,19 @@ def describe(threads: int) -> dict[str, Any]:
         "python": platform.python_version(),
         "torch": torch.__version__,
         "transformers": metadata.version("transformers"),
-        "load_at_start": round(os.getloadavg()[0], 2),
+        "busy_with_others": f"{busy_share():.0%}",
     }
+
+
+def busy_share(interval: float = 1.0) -> float:
+    """How much of the cores others use while this process sleeps. Above a few hundredths no figure can be trusted:
+    two torch threads wait for each other at every operator."""
+    before = _ticks()
+    sleep(interval)
+    after = _ticks()
+    passed = [late - early for early, late in zip(before, after, strict=True)]
+    idle = passed[3] + passed[4]  # idle, and waiting for a disk
+    return 1 - idle / max(sum(passed), 1)
 
 
 def read_bandwidth(nbytes: int = 1 << 30) -> float:
@@ -45,6 +56,11 @@ def median_seconds(work: Callable[[], Any], times: int) -> float:
         work()
         taken.append(perf_counter() - start)
     return statistics.median(taken)
+
+
+def _ticks() -> list[int]:
+    """Clock ticks of all cores since the start, by what they were spent on."""
+    return [int(ticks) for ticks in Path("/proc/stat").read_text().split("\n", 1)[0].split()[1:9]]
 
 
 def _processor() -> str:
