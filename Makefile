@@ -3,7 +3,7 @@ VENV ?= .venv
 BIN = $(VENV)/bin
 INSTALLED = $(VENV)/.installed
 
-.PHONY: demo test check
+.PHONY: demo test check bench
 
 # Hides a number in a long real file and asks the bundled model for it.
 demo: $(INSTALLED)
@@ -11,6 +11,10 @@ demo: $(INSTALLED)
 
 test: check
 	$(BIN)/python -m pytest
+
+# Measures Kvell beside transformers and against the machine; QUICK=1 takes under five minutes, without it under forty.
+bench: $(INSTALLED)
+	$(BIN)/python -m benchmarks $(if $(QUICK),--quick) $(if $(FOLDER),--folder $(FOLDER))
 
 check: $(INSTALLED)
 	$(BIN)/ruff check .

@@ -1,148 +1,234 @@
-"""A released model's real size with random weights: load time, resident memory, tokens a second.
+"""Goal 2: Gemma 4 E2B's shape with random bf16 weights, against what the machine allows and beside transformers.
 
-    python benchmarks/real_size.py --folder /tmp/e2b            writes the checkpoint (9.3 GB) unless it is there
-    python benchmarks/real_size.py --folder /tmp/e2b --json
+    python -m benchmarks.real_size --folder /tmp/e2b           writes the checkpoint (9.3 GB) unless it is there
+    python -m benchmarks.real_size --quick                     ten of the 35 layers, in a temporary folder
+    python -m benchmarks.real_size --llama-cpp                 llama.cpp too, where llama-cpp-python is installed
 
-The checkpoint is written shard by shard in the released layout, so this needs disk, not memory. Loading and
-generating run in a process of their own, whose peak resident size is what the operating system counted. The
-machine's read bandwidth is measured in the same run: a decoded token cannot take less time than reading its weights.
+The sides take turns, each in a new process, as two such models do not fit into memory together. Read bandwidth and
+the fp32 matrix product's peak are measured before every turn. A decoded token cannot take less time than reading the
+weights and the cache; a prefill cannot be faster than its multiplications at the peak. Only those that the last
+token's logits need are counted: behind the last layer with keys and values of its own, one token's.
 """
 
 import argparse
-import json
-import statistics
-import subprocess
 import sys
-import time
+import tempfile
+from collections.abc import Sequence
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
 import torch
 
 import kvell
+from benchmarks import llama_cpp, machine
+from benchmarks.processes import WorkerError, workers
+from benchmarks.random_checkpoint import write_random_checkpoint
+from benchmarks.reporting import Goal, Section, median, ratio, seconds, table, write_results
 from kvell.checkpoint import build_empty
 from kvell.checkpoint.loading import TABLE
-from kvell.checkpoint.reading import INDEX
-from kvell.families import FAMILIES
-from kvell.files import save_to
 
-SHARD_BYTES = 1 << 30
-POOL = 1 << 24
-
-CHILD = """
-import json, resource, sys, time
-import torch, kvell
-folder, prompt, new = sys.argv[1], int(sys.argv[2]), int(sys.argv[3])
-start = time.perf_counter()
-model = kvell.from_pretrained(folder)
-loaded = time.perf_counter() - start
-ids = torch.randint(3, model.config.vocab_size, (prompt,), generator=torch.Generator().manual_seed(0)).tolist()
-stamps = [time.perf_counter()]
-cache = model.make_cache()
-for piece in kvell.generate(model, ids, max_new_tokens=new, cache=cache):
-    stamps.append(time.perf_counter())
-print(json.dumps({
-    "load_seconds": loaded,
-    "first_token_seconds": stamps[1] - stamps[0],
-    "token_seconds": [b - a for a, b in zip(stamps[1:], stamps[2:])],
-    "cache_bytes": cache.nbytes,
-    "peak_resident_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
-    "threads": torch.get_num_threads(),
-}))
-"""
+MODEL, QUICK_LAYERS = "gemma-4-e2b", 10
+PROMPTS = (64, 512)
+ROUNDS, PREFILLS, DECODED = 2, 2, 12
+OF_BANDWIDTH, OF_PEAK = 0.85, 0.60
+DECODE_GAIN, PREFILL_GAIN, LLAMA_DECODE = 1.2, 3.0, 0.97
+# Random weights in bf16: two orders of adding up move logits, but not where they point.
+LEAST_COSINE = 0.99
 
 
-def write_random_checkpoint(name: str, folder: Path) -> None:
-    """A sharded bf16 checkpoint of a built-in model's shapes, config first, index last."""
-    config = kvell.ModelConfig.from_pretrained(name)
-    family = FAMILIES[config.family or ""]
-    shapes = dict(build_empty(config, torch.bfloat16).named_tensors())
-    pool = (torch.randn(POOL + 1, generator=torch.Generator().manual_seed(0)) * config.initializer_range).bfloat16()
-    folder.mkdir(parents=True, exist_ok=True)
-    (folder / "config.json").write_text(json.dumps(family.write_config(config), indent=2))
-    shards: list[list[str]] = [[]]
-    size = 0
-    places = family.placements(config)
-    for theirs, place in places.items():
-        nbytes = place.of(shapes[place.parameter]).numel() * 2
-        if shards[-1] and size + nbytes > SHARD_BYTES:
-            shards.append([])
-            size = 0
-        shards[-1].append(theirs)
-        size += nbytes
-    weight_map: dict[str, str] = {}
-    for number, names in enumerate(shards, start=1):
-        file = f"model-{number:05d}-of-{len(shards):05d}.safetensors"
-        tensors = {}
-        for theirs in names:
-            shape = places[theirs].of(shapes[places[theirs].parameter]).shape
-            plain = theirs.endswith(("norm.weight", "layer_scalar"))
-            count = shape.numel()
-            values = pool[:POOL].repeat(-(-count // POOL))[:count].view(shape)
-            tensors[theirs] = torch.ones(shape, dtype=torch.bfloat16) if plain else values
-        save_to(folder / file, tensors, {"format": "pt"})
-        weight_map |= dict.fromkeys(names, file)
-    (folder / INDEX).write_text(json.dumps({"metadata": {}, "weight_map": weight_map}))
-
-
-def read_bandwidth() -> float:
-    """Bytes a second of summing 2 GiB, the median of five."""
-    values = torch.ones(1 << 29)
-    rates = []
-    for _ in range(6):
-        start = time.perf_counter()
-        values.sum()
-        rates.append(values.nbytes / (time.perf_counter() - start))
-    return statistics.median(rates[1:])
-
-
-def measure(name: str, folder: Path, prompt: int, new: int) -> dict[str, Any]:
-    model = build_empty(kvell.ModelConfig.from_pretrained(name), torch.bfloat16)
-    sizes = {name: tensor.nbytes for name, tensor in model.named_parameters()}
-    weights = sum(sizes.values()) - sizes.get(TABLE, 0)
-    bandwidth = read_bandwidth()
-    child = [sys.executable, "-c", CHILD, str(folder), str(prompt), str(new)]
-    result: dict[str, Any] = json.loads(subprocess.run(child, check=True, stdout=subprocess.PIPE).stdout)
-    seconds = statistics.median(result.pop("token_seconds"))
-    return result | {
-        "model": name,
-        "prompt_tokens": prompt,
-        "weight_bytes_without_per_layer_table": weights,
-        "peak_over_weights": result["peak_resident_bytes"] / weights,
-        "read_bandwidth": bandwidth,
-        "decode_tokens_per_second": 1 / seconds,
-        "bound_tokens_per_second": bandwidth / weights,
-        "prefill_tokens_per_second": prompt / result["first_token_seconds"],
+def work_of(config: kvell.ModelConfig) -> dict[str, int]:
+    """Bytes of weights a token reads, and a prompt's multiplications: `each` token's, and those of the last alone."""
+    sizes = {name: tensor for name, tensor in build_empty(config, torch.bfloat16).named_parameters() if name != TABLE}
+    last_writer = max(layer for layer, _ in config.streams())
+    each = 0
+    for name, tensor in sizes.items():
+        part, _, rest = name.partition(".")
+        if part == "layers":
+            index, _, inner = rest.partition(".")
+            makes_rows = inner in ("attention.k_proj.weight", "attention.v_proj.weight")
+            counted = int(index) < last_writer or (int(index) == last_writer and makes_rows)
+        else:
+            counted = part == "per_layer_inputs"
+        each += tensor.numel() if counted and tensor.dim() == 2 else 0
+    whole = sum(tensor.numel() for tensor in sizes.values() if tensor.dim() == 2)
+    return {
+        "weight_bytes": sum(tensor.nbytes for tensor in sizes.values()),
+        "each": each,
+        "last": whole - each,
     }
 
 
-def to_table(figures: dict[str, Any]) -> str:
-    rows = {
-        "model": figures["model"],
-        "weights without the per-layer table": f"{figures['weight_bytes_without_per_layer_table'] / 1e9:.2f} GB",
-        "peak resident": f"{figures['peak_resident_bytes'] / 1e9:.2f} GB ({figures['peak_over_weights']:.2f} x)",
-        "load": f"{figures['load_seconds']:.1f} s",
-        f"prefill of {figures['prompt_tokens']} tokens": f"{figures['prefill_tokens_per_second']:.1f} tokens/s",
-        "decode": f"{figures['decode_tokens_per_second']:.2f} tokens/s",
-        "read bandwidth of the machine": f"{figures['read_bandwidth'] / 1e9:.1f} GB/s",
-        "decode bound (bandwidth / weights)": f"{figures['bound_tokens_per_second']:.2f} tokens/s",
-        "threads": str(figures["threads"]),
-    }
-    return "\n".join(["| | |", "|---|---|", *(f"| {name} | {value} |" for name, value in rows.items())])
+def floating_point_operations(work: dict[str, int], tokens: int) -> int:
+    return 2 * (tokens * work["each"] + work["last"])
+
+
+def measure_side(side: str, folder: Path, threads: int) -> dict[str, Any]:
+    """One turn of a side, in a process of its own."""
+    with workers([(side, "default")], threads) as sides:
+        worker = sides[side, "default"]
+        loaded = worker.call("load", folder=str(folder))
+        found: dict[str, Any] = {
+            "load": loaded["seconds"],
+            "resident_bytes": loaded["resident_bytes"],
+            "logits": worker.call("logits", prompt=16, decoded=1)[0],
+            "prefill": {},
+        }
+        for tokens in PROMPTS:
+            turns = [worker.call("prefill", tokens=tokens) for _ in range(PREFILLS)]
+            found["prefill"][str(tokens)] = [turn["seconds"] for turn in turns]
+        found["peak_bytes"] = turns[-1]["peak_bytes"] + loaded["resident_bytes"]
+        found["cache_bytes"] = turns[-1]["cache_bytes"]
+        found["decode"] = worker.call("decode", tokens=DECODED)[2:]
+        return found
+
+
+def measure(folder: Path, sides: Sequence[str], rounds: int, threads: int) -> dict[str, Any]:
+    """The sides' turns put together: medians, and the machine's bounds measured between them."""
+    turns: dict[str, list[dict[str, Any]]] = {side: [] for side in sides}
+    bandwidths, peaks = [], []
+    for number in range(rounds):
+        for side in sides if number % 2 == 0 else reversed(sides):
+            bandwidths.append(machine.read_bandwidth())
+            peaks.append(machine.matmul_peak())
+            turns[side].append(measure_side(side, folder, threads))
+            print(f"{side}: decode {seconds(median(turns[side][-1]['decode']))} a token", file=sys.stderr, flush=True)
+    found: dict[str, Any] = {"bandwidth": median(bandwidths), "matmul_peak": median(peaks), "sides": {}}
+    for side, measured in turns.items():
+        found["sides"][side] = {
+            "load": median(turn["load"] for turn in measured),
+            "peak_bytes": max(turn["peak_bytes"] for turn in measured),
+            "cache_bytes": measured[0]["cache_bytes"],
+            "decode": median(second for turn in measured for second in turn["decode"]),
+            "prefill": {
+                str(tokens): median(second for turn in measured for second in turn["prefill"][str(tokens)])
+                for tokens in PROMPTS
+            },
+        }
+    found["cosine"] = cosine([measured[0]["logits"] for measured in turns.values()])
+    if found["cosine"] < LEAST_COSINE:
+        raise WorkerError(f"the sides' logits point elsewhere: cosine {found['cosine']:.3f} < {LEAST_COSINE}")
+    return found
+
+
+def cosine(rows: Sequence[Sequence[float]]) -> float:
+    first, *others = (torch.tensor(row) for row in rows)
+    return min((float(torch.cosine_similarity(first, other, dim=0)) for other in others), default=1.0)
+
+
+def goals_of(found: dict[str, Any], work: dict[str, int], llama: dict[str, Any] | None, why_not: str) -> list[Goal]:
+    ours, theirs = found["sides"]["kvell"], found["sides"].get("transformers")
+    bound = (work["weight_bytes"] + ours["cache_bytes"]) / found["bandwidth"]
+    longest = str(PROMPTS[-1])
+    reached = floating_point_operations(work, PROMPTS[-1]) / ours["prefill"][longest] / found["matmul_peak"]
+    absent = "transformers was not measured"
+    goals = [
+        Goal(2, "decode, of the bandwidth bound", bound / ours["decode"], "at least", OF_BANDWIDTH, ""),
+        Goal(2, f"prefill of {longest}, of the matmul peak", reached, "at least", OF_PEAK, ""),
+    ]
+    for name, figure, limit in (
+        ("decode beside transformers", theirs["decode"] / ours["decode"] if theirs else None, DECODE_GAIN),
+        *(
+            (
+                f"prefill of {tokens} beside transformers",
+                theirs["prefill"][str(tokens)] / ours["prefill"][str(tokens)] if theirs else None,
+                PREFILL_GAIN,
+            )
+            for tokens in PROMPTS
+        ),
+    ):
+        goals.append(Goal(2, name, figure, "at least", limit, reason="" if theirs else absent))
+    decode = llama["decode"] / ours["decode"] if llama else None
+    prefill = llama["prefill"][longest] / ours["prefill"][longest] if llama else None
+    goals.append(Goal(2, "decode beside llama.cpp in bf16", decode, "at least", LLAMA_DECODE, reason=why_not))
+    goals.append(Goal(2, "prefill beside llama.cpp in bf16", prefill, "at least", 1.0, reason=why_not))
+    return goals
+
+
+def table_of(found: dict[str, Any], work: dict[str, int], llama: dict[str, Any] | None) -> str:
+    sides = found["sides"] | ({"llama.cpp": llama} if llama else {})
+    ours = sides["kvell"]
+    header = ["", *(f"prefill of {tokens}" for tokens in PROMPTS), "", "decode", "", "peak resident", "load"]
+    rows = []
+    for name, figures in sides.items():
+        rates = [f"{tokens / figures['prefill'][str(tokens)]:.1f} tokens/s" for tokens in PROMPTS]
+        longest = str(PROMPTS[-1])
+        quotients = [figures["prefill"][longest] / ours["prefill"][longest], figures["decode"] / ours["decode"]]
+        decode = f"{1 / figures['decode']:.2f} tokens/s"
+        peak = f"{figures['peak_bytes'] / 1e9:.2f} GB"
+        rows.append([name, *rates, ratio(quotients[0]), decode, ratio(quotients[1]), peak, seconds(figures["load"])])
+    bounds = [found["matmul_peak"] * tokens / floating_point_operations(work, tokens) for tokens in PROMPTS]
+    decode = found["bandwidth"] / (work["weight_bytes"] + ours["cache_bytes"])
+    shown = [f"{bound:.1f} tokens/s" for bound in bounds]
+    rows.append(["the machine's bound", *shown, "", f"{decode:.2f} tokens/s", "", "", ""])
+    return table(header, rows)
+
+
+def run(
+    folder: Path | None,
+    *,
+    model: str = MODEL,
+    layers: int | None = None,
+    sides: Sequence[str] = ("transformers", "kvell"),
+    rounds: int = ROUNDS,
+    threads: int = 2,
+    with_llama: bool = False,
+) -> Section:
+    torch.set_num_threads(threads)
+    with ExitStack() as stack:
+        place = folder or Path(stack.enter_context(tempfile.TemporaryDirectory()))
+        write_random_checkpoint(model, place, layers)
+        work = work_of(kvell.ModelConfig.from_pretrained(place))
+        title = f"Real size: {model}'s shape{f', {layers} layers of it' if layers else ''}, random bf16 weights"
+        try:
+            found = measure(place, sides, rounds, threads)
+        except WorkerError as error:
+            print(f"error: {error}", file=sys.stderr, flush=True)
+            failed = Goal(2, "real size", float("nan"), "at least", 1, reason=str(error))
+            return Section(title, [], [failed], {}, [f"Failed: {error}"])
+        why_not = llama_cpp.why_not() if with_llama else "not asked for: --llama-cpp"
+        llama = None
+        if not why_not:
+            try:
+                llama = llama_cpp.measure(work["weight_bytes"], PROMPTS, DECODED, place, threads)
+            except WorkerError as error:
+                why_not = str(error)
+    goals = goals_of(found, work, llama, why_not)
+    if layers:
+        cut = f"only {layers} layers were measured"
+        goals = [Goal(g.number, f"{g.name}, {cut}", g.figure, g.bound, g.limit, g.unit, g.reason) for g in goals]
+    notes = [
+        f"Weights read for a token: {work['weight_bytes'] / 1e9:.2f} GB. Read bandwidth: "
+        f"{found['bandwidth'] / 1e9:.1f} GB/s; fp32 matrix product: {found['matmul_peak'] / 1e9:.0f} GFLOP/s. The "
+        f"sides' logits have a cosine of {found['cosine']:.4f}."
+    ]
+    figures = found | {"work": work, "llama.cpp": llama, "model": model, "layers": layers}
+    return Section(title, [table_of(found, work, llama)], goals, figures, notes)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--folder", type=Path, required=True, help="where the checkpoint is, or is to be written")
-    parser.add_argument("--model", default="gemma-4-e2b", help="a built-in config's name")
-    parser.add_argument("--prompt-tokens", type=int, default=64)
-    parser.add_argument("--new-tokens", type=int, default=32)
-    parser.add_argument("--json", action="store_true", help="print JSON instead of a table")
+    parser.add_argument("--folder", type=Path, help="where the checkpoint is, or is to be kept; else a temporary one")
+    parser.add_argument("--model", default=MODEL, choices=("gemma-4-e2b", "gemma-4-e4b"))
+    parser.add_argument("--layers", type=int, help="only so many of the model's layers")
+    parser.add_argument("--sides", nargs="+", choices=("transformers", "kvell"), default=["transformers", "kvell"])
+    parser.add_argument("--rounds", type=int, default=ROUNDS)
+    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--llama-cpp", action="store_true", help="measure llama.cpp on a file of the same size")
+    parser.add_argument("--quick", action="store_true")
+    parser.add_argument("--results", type=Path, default=Path("results"))
     options = parser.parse_args()
-    if not (options.folder / INDEX).is_file():
-        write_random_checkpoint(options.model, options.folder)
-    figures = measure(options.model, options.folder, options.prompt_tokens, options.new_tokens)
-    print(json.dumps(figures, indent=2) if options.json else to_table(figures))
+    section = run(
+        options.folder,
+        model=options.model,
+        layers=options.layers or (QUICK_LAYERS if options.quick else None),
+        sides=options.sides,
+        rounds=1 if options.quick else options.rounds,
+        threads=options.threads,
+        with_llama=options.llama_cpp,
+    )
+    write_results(options.results, "real_size", [section], machine.describe(options.threads))
+    print(section.markdown())
 
 
 if __name__ == "__main__":

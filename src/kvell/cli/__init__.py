@@ -13,6 +13,7 @@ import typer
 
 from kvell import __version__
 from kvell.cli import console
+from kvell.cli.bench import bench
 from kvell.cli.generate import generate
 from kvell.cli.inspect import inspect
 from kvell.cli.train import train
@@ -22,6 +23,7 @@ application = typer.Typer(add_completion=False, pretty_exceptions_enable=False, 
 application.command()(generate)
 application.command()(inspect)
 application.command()(train)
+application.command()(bench)
 
 
 def _print_version(wanted: bool | None) -> None:

@@ -1,0 +1,1 @@
+"""What measures Kvell: `python -m benchmarks`, or one part such as `python -m benchmarks.growth`."""

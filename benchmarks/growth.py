@@ -1,0 +1,200 @@
+"""Goal 4: what each technique costs as the context grows, and goal 1's claims about decoding in a long one.
+
+    python -m benchmarks.growth                  1K ... 1M tokens, as far as the time budget lets each technique go
+    python -m benchmarks.growth --quick          up to 8K
+    python -m benchmarks.growth --techniques windows csa --longest 131072 --budget 120
+
+Four layers of the same width, with one technique each, beside plain grouped-query attention and all techniques
+together. One sequence grows: prefill time at n tokens is the sum of the pieces up to n, decode is the median of the
+tokens after it. The fitted exponent k says that a figure grows as n^k, by least squares over the longer half.
+"""
+
+import argparse
+import json
+import math
+import sys
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from benchmarks import machine
+from benchmarks.processes import WorkerError, workers
+from benchmarks.reporting import Goal, Section, mebibytes, median, seconds, table, write_results
+
+SHORTEST, LONGEST, QUICK_LONGEST = 1024, 1 << 20, 8192
+BUDGET, QUICK_BUDGET = 30.0, 4.0
+DECODED, SKIPPED = 18, 2
+# Goal 1 compares decoding at these two lengths: the techniques named here go on to the longer one whatever it takes.
+NEAR, FAR = 4096, 131072
+FLATNESS = {"windows": 1.1, "hca": 1.5, "csa": 1.5}
+
+ROTARY = {"kind": "default", "theta": 10000.0}
+FEED_FORWARD = {"kind": "gated_mlp", "intermediate_size": 768}
+PLAIN = {"kind": "grouped_query", "num_heads": 8, "num_kv_heads": 2, "head_dim": 32, "rotary": ROTARY}
+CCA = PLAIN | {"kind": "convolutional"}
+HCA = {
+    "kind": "compressed",
+    "num_heads": 8,
+    "head_dim": 32,
+    "sliding_window": 128,
+    "rotary": ROTARY,
+    "rotary_width": 16,
+    "query_rank": 128,
+    "output_groups": 2,
+    "output_rank": 64,
+    "compressor": {"ratio": 128},
+}
+CSA = HCA | {
+    "compressor": {"ratio": 4, "overlap": True},
+    "indexer": {"num_heads": 4, "head_dim": 32, "top_k": 64},
+}
+WINDOW = PLAIN | {"sliding_window": 128}
+HYPER, PER_LAYER = {"connection": {"kind": "hyper", "streams": 4}}, {"per_layer_embedding": {"width": 16}}
+NARROW = CCA | {"num_heads": 12, "sliding_window": 128}
+BUDGETED = [PLAIN | {"num_heads": 12, "sliding_window": 128}] * 3 + [PLAIN | {"num_heads": 4}]
+
+# A technique's attention, layer by layer, and what its config has besides.
+TECHNIQUES: dict[str, tuple[Sequence[dict[str, Any]], dict[str, Any]]] = {
+    "plain": ([PLAIN] * 4, {}),
+    "windows": ([WINDOW] * 4, {}),
+    "shared KV": ([PLAIN] * 2 + [PLAIN | {"kv_source": 0}, PLAIN | {"kv_source": 1}], {}),
+    "cca": ([CCA] * 4, {}),
+    "hca": ([HCA] * 4, {}),
+    "csa": ([CSA] * 4, {}),
+    "hyper-connections": ([PLAIN] * 4, HYPER),
+    "per-layer embeddings": ([PLAIN] * 4, PER_LAYER),
+    "head budgets": (BUDGETED, {}),
+    "all together": ([NARROW, HCA, CSA, HCA | {"kv_source": 1}], HYPER | PER_LAYER),
+}
+
+
+def config_of(technique: str) -> dict[str, Any]:
+    layers, besides = TECHNIQUES[technique]
+    return {
+        "model_type": "kvell",
+        "vocab_size": 4096,
+        "hidden_size": 256,
+        "max_positions": 1 << 21,
+        "tied_head": True,
+        "layers": [{"attention": attention, "feed_forward": FEED_FORWARD} for attention in layers],
+        **besides,
+    }
+
+
+def lengths(longest: int) -> list[int]:
+    return [SHORTEST << power for power in range(int(math.log2(longest / SHORTEST)) + 1)]
+
+
+def measure(technique: str, longest: int, budget: float, threads: int) -> dict[str, dict[str, float]]:
+    """Figures by context. Stops before a length that would exceed the budget, in seconds of prefill."""
+    with tempfile.TemporaryDirectory() as folder, workers([("fresh kvell", "default")], threads) as sides:
+        path = Path(folder) / "config.json"
+        path.write_text(json.dumps(config_of(technique)))
+        worker = sides["fresh kvell", "default"]
+        worker.call("load", folder=str(path))
+        found: dict[str, dict[str, float]] = {}
+        spent, pieces = 0.0, [0.0]
+        for length in lengths(longest):
+            growth = min(max(pieces[-1] / pieces[-2], 2.0), 4.0) if len(pieces) > 3 else 4.0
+            needed = technique in FLATNESS and length <= min(FAR, longest)
+            if not needed and spent + pieces[-1] * growth > budget:
+                break
+            figures = worker.call("extend", tokens=length)
+            spent += figures["seconds"]
+            pieces.append(figures["seconds"])
+            found[str(length)] = {
+                "prefill": spent,
+                "decode": median(worker.call("decode", tokens=DECODED)[SKIPPED:]),
+                "peak_bytes": figures["peak_bytes"],
+                "cache_bytes": figures["cache_bytes"],
+            }
+        return found
+
+
+def exponent(points: Sequence[tuple[float, float]]) -> float | None:
+    """The k of y ~ n^k by least squares over the logarithms of the longer half of the points; None below two."""
+    kept = sorted((math.log(n), math.log(y)) for n, y in points if n > 0 and y > 0)
+    kept = kept[-max(2, math.ceil(len(kept) / 2)) :]
+    if len(kept) < 2:
+        return None
+    middle_x, middle_y = (sum(values) / len(kept) for values in zip(*kept, strict=True))
+    across = sum((x - middle_x) ** 2 for x, _ in kept)
+    return sum((x - middle_x) * (y - middle_y) for x, y in kept) / across
+
+
+def exponents(found: dict[str, dict[str, float]]) -> dict[str, float | None]:
+    whats = ("prefill", "decode", "peak_bytes", "cache_bytes")
+    return {what: exponent([(int(n), figures[what]) for n, figures in found.items()]) for what in whats}
+
+
+def flatness_goals(results: dict[str, dict[str, dict[str, float]]]) -> list[Goal]:
+    goals = []
+    for technique, limit in FLATNESS.items():
+        found = results.get(technique, {})
+        near, far = found.get(str(NEAR)), found.get(str(FAR))
+        name = f"decode of {technique} layers, 128K over 4K"
+        figure = far["decode"] / near["decode"] if near and far else None
+        goals.append(Goal(1, name, figure, "at most", limit, reason="" if figure else "128K was not measured"))
+    return goals
+
+
+def tables_of(results: dict[str, dict[str, dict[str, float]]]) -> list[str]:
+    """A table for each of prefill, decode and memory; the last column is the fitted exponent."""
+    measured = sorted({int(n) for found in results.values() for n in found})
+    tables = []
+    for title, what, write in (
+        ("Prefill time", "prefill", seconds),
+        ("Decode time of a token", "decode", seconds),
+        ("Cache", "cache_bytes", mebibytes),
+        ("Peak memory above the weights", "peak_bytes", mebibytes),
+    ):
+        rows = []
+        for technique, found in results.items():
+            cells = [write(found[str(n)][what]) if str(n) in found else "" for n in measured]
+            fitted = exponents(found)[what]
+            rows.append([technique, *cells, "-" if fitted is None else f"{fitted:.2f}"])
+        header = ["", *(f"{n // 1024}K" if n < 1 << 20 else "1M" for n in measured), "exponent"]
+        tables.append(f"{title}:\n\n{table(header, rows)}")
+    return tables
+
+
+def run(techniques: Sequence[str], *, longest: int, budget: float, threads: int = 2) -> Section:
+    results: dict[str, dict[str, dict[str, float]]] = {}
+    notes, goals = [], []
+    for technique in techniques:
+        try:
+            results[technique] = measure(technique, longest, budget, threads)
+        except WorkerError as error:
+            notes.append(f"{technique} failed: {error}")
+            print(f"error: {error}", file=sys.stderr, flush=True)
+            continue
+        reached = list(results[technique])[-1]
+        print(f"{technique}: up to {reached} tokens", file=sys.stderr, flush=True)
+    goals = flatness_goals(results)
+    goals.append(Goal(4, "techniques measured", len(results), "at least", len(techniques), "techniques"))
+    figures = {name: {"contexts": found, "exponents": exponents(found)} for name, found in results.items()}
+    return Section("Cost by growth", tables_of(results), goals, figures, notes)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--techniques", nargs="+", choices=TECHNIQUES, default=list(TECHNIQUES))
+    parser.add_argument("--longest", type=int)
+    parser.add_argument("--budget", type=float, help="seconds of prefill a technique")
+    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--quick", action="store_true")
+    parser.add_argument("--results", type=Path, default=Path("results"))
+    options = parser.parse_args()
+    section = run(
+        options.techniques,
+        longest=options.longest or (QUICK_LONGEST if options.quick else LONGEST),
+        budget=options.budget or (QUICK_BUDGET if options.quick else BUDGET),
+        threads=options.threads,
+    )
+    write_results(options.results, "growth", [section], machine.describe(options.threads))
+    print(section.markdown())
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,159 @@
+"""`kvell bench`: how fast a model is on this machine."""
+
+import json
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from statistics import median
+from time import perf_counter
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from kvell.cli import console
+from kvell.cli.hardware import peak_resident_bytes, set_threads
+from kvell.errors import InputError
+
+if TYPE_CHECKING:
+    from rich.table import Table
+
+    from kvell.model import Decoder
+
+CONTEXTS = (1024, 4096)
+WARM_UP, PIECE = 16, 2048
+
+
+@dataclass(frozen=True)
+class Measurement:
+    """One context's figures. The first token's time is the prefill and choosing it. `peak_bytes` is the most that the
+    whole program has held so far, model included; on a GPU, the most allocated there."""
+
+    context: int
+    seconds_to_first_token: float
+    prefill_tokens_per_second: float
+    seconds_per_token: float
+    decode_tokens_per_second: float
+    cache_bytes: int
+    peak_bytes: int
+
+
+def bench(
+    model: Annotated[
+        str | None,
+        typer.Argument(
+            metavar="MODEL", help="A model's directory or Hugging Face name; without one, the bundled model."
+        ),
+    ] = None,
+    context: Annotated[
+        list[str] | None,
+        typer.Option(help="Tokens of the prompt, as 4096 or 4K. May be repeated; 1K and 4K without it.", metavar="N"),
+    ] = None,
+    new_tokens: Annotated[int, typer.Option(help="Tokens decoded after each prompt.")] = 32,
+    repeats: Annotated[int, typer.Option(help="How often each prompt is fed; the median counts.")] = 3,
+    dtype: Annotated[str | None, typer.Option(help="bfloat16, float32 or float16; as stored without it.")] = None,
+    device: Annotated[str, typer.Option(help="The device to run on.")] = "cpu",
+    threads: Annotated[int | None, typer.Option(help="CPU threads to compute with.")] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")] = False,
+) -> None:
+    """Measure a model's prefill and decoding on this machine, its cache and its memory. The prompts are random."""
+    import kvell
+    from kvell.bundled import bundled_model_path
+    from kvell.checkpoint.loading import HUB_FILES, available_device, known_dtype
+    from kvell.families import locate
+
+    contexts = sorted({parse_context(text) for text in context} if context else CONTEXTS)
+    for name, number in (("new-tokens", new_tokens), ("repeats", repeats)):
+        if number < 1:
+            raise InputError(f"{name} {number} is less than 1")
+    torch_device, torch_dtype = available_device(device), known_dtype(dtype)
+    set_threads(threads)
+    directory = locate(model or bundled_model_path(), HUB_FILES)
+    start = perf_counter()
+    decoder = kvell.from_pretrained(directory, dtype=torch_dtype, device=torch_device)
+    report: dict[str, Any] = {
+        "model": str(model or "the bundled model"),
+        "parameters": decoder.num_parameters(),
+        "dtype": str(decoder.dtype).removeprefix("torch."),
+        "device": str(decoder.device),
+        "load_seconds": perf_counter() - start,
+    }
+    with console.progress("tokens", repeats * sum(contexts)) as on_tokens:
+        measurements = measure(decoder, contexts, new_tokens, repeats, on_tokens)
+    if as_json:
+        print(json.dumps(report | {"contexts": [asdict(measurement) for measurement in measurements]}, indent=2))
+        return
+    output = console.stdout()
+    output.print(f"{report['model']}, {report['parameters']:,} parameters, {report['dtype']}, {report['device']}")
+    output.print(_table(measurements))
+
+
+def parse_context(text: str) -> int:
+    """4096 or 4K; 1M is 1,048,576. InputError for anything else, and for less than 1."""
+    scale = {"K": 1 << 10, "M": 1 << 20}.get(text[-1:].upper(), 1)
+    digits = text[:-1] if scale > 1 else text
+    if not digits.isascii() or not digits.isdigit() or int(digits) < 1:
+        raise InputError(f"context {text!r} is no number of tokens: write 4096 or 4K")
+    return int(digits) * scale
+
+
+def measure(
+    decoder: "Decoder", contexts: Sequence[int], new_tokens: int, repeats: int, on_tokens: Any
+) -> list[Measurement]:
+    """Rising contexts, so that each one's peak is its own. What touches every weight first does not count."""
+    import torch
+
+    generator = torch.Generator().manual_seed(0)
+    ids = torch.randint(decoder.config.vocab_size, (1, contexts[-1] + new_tokens), generator=generator)
+    ids = ids.to(decoder.device)
+    done = 0
+    found = []
+    with torch.inference_mode():
+        decoder(ids[:, : min(WARM_UP, ids.shape[1])], cache=decoder.make_cache(), last_only=True)
+        for context in contexts:
+            firsts, steps = [], []
+            for _ in range(repeats):
+                cache = decoder.make_cache()
+                start = perf_counter()
+                for piece in ids[:, :context].split(PIECE, dim=1):
+                    logits = decoder(piece, cache=cache, last_only=True)
+                    on_tokens(done + cache.lengths[0])
+                logits.argmax().item()
+                firsts.append(perf_counter() - start)
+                done += context
+                for place in range(context, context + new_tokens):
+                    start = perf_counter()
+                    decoder(ids[:, place : place + 1], cache=cache, last_only=True).argmax().item()
+                    steps.append(perf_counter() - start)
+            first, step = median(firsts), median(steps)
+            on_device = decoder.device.type == "cuda"
+            found.append(
+                Measurement(
+                    context=context,
+                    seconds_to_first_token=first,
+                    prefill_tokens_per_second=context / first,
+                    seconds_per_token=step,
+                    decode_tokens_per_second=1 / step,
+                    cache_bytes=cache.nbytes,
+                    peak_bytes=torch.cuda.max_memory_allocated() if on_device else peak_resident_bytes(),
+                )
+            )
+    return found
+
+
+def _table(measurements: Sequence[Measurement]) -> "Table":
+    from rich.filesize import decimal
+    from rich.table import Table
+
+    table = Table(box=None, pad_edge=False, header_style="bold")
+    for title in ("context", "to first token", "prefill", "decode", "a token", "cache", "peak memory"):
+        table.add_column(title, justify="right")
+    for one in measurements:
+        table.add_row(
+            f"{one.context:,}",
+            f"{one.seconds_to_first_token:.3f} s",
+            f"{one.prefill_tokens_per_second:,.0f} tokens/s",
+            f"{one.decode_tokens_per_second:,.1f} tokens/s",
+            f"{1000 * one.seconds_per_token:.2f} ms",
+            decimal(one.cache_bytes),
+            decimal(one.peak_bytes),
+        )
+    return table
