@@ -1,6 +1,9 @@
 """Compiles whatever kernels are launched to machine code for a GPU, on a machine that has none: nothing runs, so what
-comes out is not looked at. Run as a script it launches every kernel and prints what each compiled to."""
+comes out is not looked at. Run as a script it launches every kernel with numbers of a type, bfloat16 or float32, and
+prints how much shared memory each takes."""
 
+import json
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -56,3 +59,47 @@ def compiled_only() -> Iterator[dict[str, Any]]:
         yield compiled
     finally:
         JITFunction.run = before
+
+
+def launch_all(dtype: torch.dtype) -> None:
+    """Every kernel at sizes of the released models, forward and backward."""
+    from kvell.kernels.triton.compressed import compressed_attention
+    from kvell.kernels.triton.compressor import pooled_entries
+    from kvell.kernels.triton.convolution import convolved_heads
+    from kvell.kernels.triton.decode import ragged_decode
+    from kvell.kernels.triton.hyper_connections import hyper_read, hyper_write
+    from kvell.kernels.triton.index import pick
+
+    def zeros(*shape: int, of: torch.dtype = dtype) -> torch.Tensor:
+        return torch.zeros(shape, dtype=of, requires_grad=True)
+
+    wide = torch.float32
+    h, coefficients = zeros(48, 4, 4096), (zeros(24, 16384, of=wide), zeros(24, of=wide), zeros(3, of=wide))
+    x, post, mix = hyper_read(h, *coefficients, iterations=20, eps=1e-6, norm_eps=1e-6)
+    (hyper_write(h, x, post, mix).sum() + x.sum()).backward()
+
+    width = 512 if dtype == torch.bfloat16 else 128
+    rows, entries, sink = zeros(300, width), zeros(600, width), zeros(64, of=wide)
+    for count in (200, 1):
+        visible = torch.full((count,), 600)
+        for picks in (torch.zeros(count, 512, dtype=torch.long), None):
+            query = zeros(count, 64, width)
+            compressed_attention(query, rows, entries, visible, picks, sink, scale=1.0, window=128).sum().backward()
+        pick(zeros(count, 64, 128), zeros(count, 64), zeros(600, 128), visible, 600)
+    for ratio, channels in ((4, 2 * width), (128, width)):
+        turned = zeros(5, 32, of=wide), zeros(5, 32, of=wide)
+        raw = zeros(5 * ratio, 2 * channels)
+        pooled_entries(raw, zeros(ratio, channels, of=wide), zeros(width), *turned, behind=0, eps=1e-6)
+    for count in (100, 1):
+        turned = zeros(count, 32), zeros(count, 32)
+        kernels = zeros(1280, 1, 2), zeros(1280), zeros(1280, 128, 2), zeros(1280)
+        convolved_heads(zeros(count + 2, 1280), *kernels, zeros(2), *turned, [count])
+    for heads, kv_heads, head_dim in ((8, 1, width), (64, 8, 128), (6, 2, 40)):
+        keys = [zeros(5000, kv_heads, head_dim).detach(), zeros(1, kv_heads, head_dim).detach()]
+        ragged_decode(zeros(2, heads, head_dim).detach(), keys, keys, scale=1.0, window=None)
+
+
+if __name__ == "__main__":
+    with compiled_only() as kernels:
+        launch_all(getattr(torch, sys.argv[1]))
+    print(json.dumps({name: kernel.metadata.shared for name, kernel in kernels.items()}))

@@ -19,6 +19,8 @@ from kvell.kernels.convolution import convolved_heads_reference
 from kvell.kernels.triton.launch import Recomputed, blocks, on_device_of, power_of_two
 from kvell.kernels.triton.products import product_added
 
+INTO = 32  # a head's channels that one product adds up over: larger blocks do not fit into registers
+
 
 def convolved_heads(
     laid: Tensor,
@@ -50,8 +52,9 @@ def _forward(
     channels, width, later = grouped.shape
     earlier, tokens, heads = depthwise.shape[2], sum(counts), channels // width
     kv_heads = 0 if temperature is None else len(temperature)
+    # A place of the grouped kernel, then channels in, then channels out: a product reads whole rows.
     laid, depthwise, depthwise_bias, grouped, grouped_bias = (
-        x.contiguous() for x in (laid, depthwise, depthwise_bias, grouped, grouped_bias)
+        x.contiguous() for x in (laid, depthwise, depthwise_bias, grouped.permute(2, 1, 0), grouped_bias)
     )
     query = laid.new_empty(tokens, heads - kv_heads, width)
     key = laid.new_empty(tokens, kv_heads, width)
@@ -69,7 +72,7 @@ def _forward(
                 laid if cos is None else cos.contiguous(),
                 laid if sin is None else sin.contiguous(),
                 *(query, key, tokens, channels, width, pairs, torch.finfo(laid.dtype).eps, width**0.5),
-                *(heads - kv_heads, kv_heads, earlier, later, block, power_of_two(width, 16)),
+                *(heads - kv_heads, kv_heads, earlier, later, block, min(power_of_two(width, 16), INTO)),
                 *(power_of_two(pairs, 16) if pairs else 0, power_of_two(width - 2 * pairs, 16)),
                 width > 2 * pairs,
             )
@@ -77,10 +80,10 @@ def _forward(
 
 
 @triton.jit
-def _weights(grouped, head, first, number, width, later: tl.constexpr, place, into, out):
-    """The grouped kernel's weights from all of a head's channels to `number` of them from `first` on."""
+def _weights(weights, number, channels, width, into, out):
+    """The grouped kernel's weights at one place, from a block of a head's channels to `number` of them."""
     return tl.load(
-        grouped + ((head * width + first + out)[None, :] * width + into[:, None]) * later + place,
+        weights + into[:, None] * channels + out[None, :],
         (out < number)[None, :] & (into < width)[:, None],
         0.0,
     )
@@ -134,7 +137,7 @@ def _convolve(
     EARLIER: tl.constexpr,
     LATER: tl.constexpr,
     TOKENS: tl.constexpr,
-    WIDTH: tl.constexpr,
+    INTO: tl.constexpr,
     PAIRS: tl.constexpr,
     REST: tl.constexpr,
     HAS_REST: tl.constexpr,
@@ -143,8 +146,6 @@ def _convolve(
     head = tl.program_id(1)
     known = token < tokens
     at = tl.load(places + token, known, 0)
-    into = tl.arange(0, WIDTH)
-    inside = into < width
     rest = width - 2 * pairs
     if PAIRS > 0:
         pair = tl.arange(0, PAIRS)
@@ -154,21 +155,24 @@ def _convolve(
         other = tl.arange(0, REST)
         c = _bias(grouped_bias, head, 2 * pairs, rest, width, other, TOKENS)
     for place in tl.static_range(LATER):
-        bias = tl.load(depthwise_bias + head * width + into, inside, 0.0).to(tl.float32)
-        inner = tl.zeros([TOKENS, 1], tl.float32) + bias[None, :]
-        for before in tl.static_range(EARLIER):
-            row = at - (LATER - 1) + place - (EARLIER - 1) + before
-            values = tl.load(
-                laid + row[:, None] * channels + head * width + into[None, :], known[:, None] & inside[None, :], 0.0
-            ).to(tl.float32)
-            factor = tl.load(depthwise + (head * width + into) * EARLIER + before, inside, 0.0).to(tl.float32)
-            inner += values * factor[None, :]
-        inner = inner.to(grouped.dtype.element_ty)
-        if PAIRS > 0:
-            a = product_added(inner, _weights(grouped, head, 0, pairs, width, LATER, place, into, pair), a)
-            b = product_added(inner, _weights(grouped, head, pairs, pairs, width, LATER, place, into, pair), b)
-        if HAS_REST:
-            c = product_added(inner, _weights(grouped, head, 2 * pairs, rest, width, LATER, place, into, other), c)
+        for start in range(0, width, INTO):
+            into = start + tl.arange(0, INTO)
+            inside = into < width
+            bias = tl.load(depthwise_bias + head * width + into, inside, 0.0).to(tl.float32)
+            inner = tl.zeros([TOKENS, 1], tl.float32) + bias[None, :]
+            for before in tl.static_range(EARLIER):
+                row = at - (LATER - 1) + place - (EARLIER - 1) + before
+                rows = laid + row[:, None] * channels + head * width + into[None, :]
+                values = tl.load(rows, known[:, None] & inside[None, :], 0.0).to(tl.float32)
+                factor = tl.load(depthwise + (head * width + into) * EARLIER + before, inside, 0.0).to(tl.float32)
+                inner += values * factor[None, :]
+            inner = inner.to(grouped.dtype.element_ty)
+            weights = grouped + place * width * channels + head * width
+            if PAIRS > 0:
+                a = product_added(inner, _weights(weights, pairs, channels, width, into, pair), a)
+                b = product_added(inner, _weights(weights + pairs, pairs, channels, width, into, pair), b)
+            if HAS_REST:
+                c = product_added(inner, _weights(weights + 2 * pairs, rest, channels, width, into, other), c)
     square = tl.zeros([TOKENS], tl.float32)
     if PAIRS > 0:
         a += _mean(laid, at, known, head, 0, pairs, channels, width, pair, HEADS, KV_HEADS)

@@ -57,6 +57,7 @@ def ragged_decode(
         _decode[count, kv_heads, slices](
             *(query, torch.tensor(rows).to(query.device), outputs, logarithms, count, heads, group, width, scale),
             *(aligned, power_of_two(group, 16), block, filled),
+            num_warps=8 if filled > 256 else 4,
         )
     output = outputs[0] if slices == 1 else joined(outputs, logarithms, query.dtype)[0]
     return output.view_as(query)

@@ -5,17 +5,21 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from kvell.kernels.compressed import pick_blocked
 from kvell.kernels.top_k import top_k_ascending
 from kvell.kernels.triton.launch import blocks, on_device_of, power_of_two
 from kvell.kernels.triton.products import product
 
 # Scores held at once: 128 MiB. Rows (queries times heads) and entries of a block.
 SCORES, ROWS, ENTRIES = 1 << 25, 128, 64
+WIDEST = 512  # bytes of a head: wider ones' blocks do not fit into shared memory, torch does these
 # Blocks of entries that one program goes through with its queries in registers.
 BLOCKS = 8
 
 
 def pick(query: Tensor, weights: Tensor, keys: Tensor, visible: Tensor, top_k: int) -> Tensor:
+    if power_of_two(query.shape[2]) * query.dtype.itemsize > WIDEST:
+        return pick_blocked(query, weights, keys, visible, top_k)
     picks = query.new_full((len(query), min(top_k, len(keys))), -1, dtype=torch.long)
     size = max(SCORES // max(len(keys), 1), 1)
     for start in range(0, len(query), size):
@@ -38,11 +42,12 @@ def masked_scores(query: Tensor, weights: Tensor, keys: Tensor, visible: Tensor)
     scores = torch.empty(count, len(keys), dtype=torch.float32, device=query.device)
     filled = power_of_two(heads)
     # As many queries as make a block of rows, no more than there are, and rows for at least one product.
-    queries = max(min(max(ROWS // filled, 1), power_of_two(count)), blocks(16, filled))
+    rows, block = (ROWS, ENTRIES) if query.dtype.itemsize == 2 else (ROWS // 4, ENTRIES // 2)
+    queries = max(min(max(rows // filled, 1), power_of_two(count)), blocks(16, filled))
     with on_device_of(query):
-        _scores[blocks(count, queries), blocks(len(keys), ENTRIES * BLOCKS)](
+        _scores[blocks(count, queries), blocks(len(keys), block * BLOCKS)](
             *(query, weights, keys, visible, scores, count, heads, width, len(keys), keys.stride(0)),
-            *(queries, filled, power_of_two(width, 16), ENTRIES, BLOCKS),
+            *(queries, filled, power_of_two(width, 16), block, BLOCKS),
         )
     return scores
 
