@@ -63,8 +63,8 @@ class LayerGroup:
 class Plan:
     """What `batch_size` sequences of `context` tokens cost.
 
-    `cache_bytes` is what they hold, `reserved_bytes` what a cache made for just that `max_length` allocates; both are
-    Cache.nbytes and Cache.allocated_nbytes to the byte. Each token adds `bytes_per_token` to a sequence, whose
+    `cache_bytes` is what they hold (Cache.nbytes), `reserved_bytes` what a cache made for just that `max_length`
+    allocates and `grown_bytes` what one that grows does, filled in one step (Cache.allocated_nbytes). Each token adds `bytes_per_token` to a sequence, whose
     `constant_bytes` do not grow. FLOPs are of one sequence: of the token that makes the context so long, and of a
     prompt as long, with and without what only the logits of tokens before the last need. A step of decoding reads
     `read_bytes` for the whole batch. Seconds are lower bounds on `device`. `working_bytes` is an estimate of what a
@@ -82,6 +82,7 @@ class Plan:
     layer_groups: tuple[LayerGroup, ...]
     cache_bytes: int
     reserved_bytes: int
+    grown_bytes: int
     bytes_per_token: float
     constant_bytes: int
     decode_flops: dict[str, int]
@@ -184,6 +185,7 @@ def plan(
         layer_groups=_layer_groups(config, specs, context, rewindable, form),
         cache_bytes=batch_size * streams_nbytes(specs, context, rewindable, form.row_dtype),
         reserved_bytes=batch_size * reserved_nbytes(specs, context, max_rewind, form.row_dtype),
+        grown_bytes=batch_size * reserved_nbytes(specs, context, rewindable, form.row_dtype, exactly=False),
         bytes_per_token=_bytes_per_token(growing, form),
         constant_bytes=streams_nbytes(constant, context, rewindable, form.row_dtype),
         decode_flops=decoding.by_part,
