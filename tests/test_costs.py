@@ -6,7 +6,6 @@ import pairwise
 import pytest
 import torch
 from hypothesis import HealthCheck, Phase, given, settings
-from hypothesis import strategies as st
 from oracle import DEEPSEEK_V4, GEMMA4, LAGUNA, ZAYA
 from strategies import configs, random_model
 from torch import Tensor

@@ -25,6 +25,7 @@ from kvell.kernels import attention as attention_kernels
 from kvell.kernels import compressed as compressed_kernels
 from kvell.kernels.compressed import pick
 from kvell.kernels.experts import experts_grouped, experts_reference
+from kvell.kernels.hyper_connections import sinkhorn
 from kvell.layers import routers
 from kvell.layers.compressed import Compressed
 from kvell.layers.compressor import Compressor, EntryCompressor
@@ -32,7 +33,7 @@ from kvell.layers.convolutional import Convolutional
 from kvell.layers.experts import DenseBesideExperts, MixtureOfExperts
 from kvell.layers.feed_forward import GatedMLP, GatedUnit
 from kvell.layers.grouped_query import GroupedQuery
-from kvell.layers.hyper_connections import HyperConnections, sinkhorn
+from kvell.layers.hyper_connections import HyperConnections
 from kvell.layers.indexer import EntryIndexer, Indexer
 from kvell.layers.key_values import KEY_VALUES
 from kvell.layers.norms import RMSNorm

@@ -17,9 +17,10 @@ import kvell
 from kvell import Decoder, ModelConfig
 from kvell.config import LayerConfig
 from kvell.families import parse_config
+from kvell.kernels.hyper_connections import sinkhorn
 from kvell.layers.feed_forward import GatedMLP
 from kvell.layers.grouped_query import GroupedQuery
-from kvell.layers.hyper_connections import HyperConnection, HyperConnections, HyperEnds, Reading, sinkhorn
+from kvell.layers.hyper_connections import HyperConnection, HyperConnections, HyperEnds, Reading
 from kvell.layers.part import Site
 from kvell.layers.residual import PlainResidual
 from kvell.layers.rotary import DefaultRotary

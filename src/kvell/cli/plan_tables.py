@@ -176,7 +176,7 @@ def grid(head: Sequence[str], rows: Sequence[tuple[str, ...]], *, header: bool =
 
     table = Table(box=None, show_header=header, pad_edge=False, header_style="bold")
     for place, column in enumerate(head):
-        left = place == 0 or column in ("rows kept", "layers") and head[0].startswith("stream") or (not header)
+        left = place == 0 or (column in ("rows kept", "layers") and head[0].startswith("stream")) or (not header)
         table.add_column(column, justify="left" if left else "right", overflow="fold")
     for row in rows:
         table.add_row(*row)

@@ -17,7 +17,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 from torch.nn import functional as F
 
-from kvell.kernels.choice import reference_wanted
+from kvell.kernels.choice import reference_wanted, triton_wanted
 
 # Queries per block: large enough to keep the matrix products efficient, small enough to keep memory flat.
 QUERY_BLOCK = 256
@@ -33,6 +33,11 @@ def attention(
     window: int | None = None,
 ) -> Float[Tensor, "T H D"]:
     """Attention of sequence b's `counts[b]` queries over `keys[b]`, `values[b]`."""
+    if triton_wanted(query):
+        from kvell.kernels.triton.decode import ragged_decode, takes
+
+        if takes(query, keys, counts):
+            return ragged_decode(query, keys, values, scale=scale, window=window)
     run = attention_reference if reference_wanted() else attention_blocked
     fresh = all(len(key) == count for key, count in zip(keys, counts, strict=True))
     if len(counts) > 1 and fresh and len(set(counts)) == 1 and not reference_wanted():

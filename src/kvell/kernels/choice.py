@@ -1,27 +1,40 @@
 """Which version of a kernel runs: the one place where that is decided.
 
-Every kernel is a reference in plain torch, written to be read, and a fast version with the same arguments.
-`use("reference")` runs the references in a block of code:
+Every kernel is a reference in plain torch, written to be read, and a fast version with the same arguments. Some have
+a third in Triton, which the fast version is on a CUDA device where Triton is installed. `use("reference")` runs the
+references in a block of code:
 
     with kernels.use("reference"):
         logits = model(tokens)
+
+`use("triton")` demands Triton where a kernel has such a version: on a CUDA device, or on the CPU in Triton's
+interpreter (TRITON_INTERPRET=1, set before Triton is first imported). Kernels without one run their fast version.
 """
 
 from collections.abc import Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
+from functools import cache
+from importlib.util import find_spec
 from typing import Literal
 
-Version = Literal["fast", "reference"]
+import torch
+from torch import Tensor
+
+from kvell.errors import InputError
+
+Version = Literal["fast", "reference", "triton"]
 
 _version: ContextVar[Version] = ContextVar("kvell_kernel_version", default="fast")
 
 
 @contextmanager
 def use(version: Version) -> Iterator[None]:
-    """Runs every kernel called in this block in the given version."""
-    if version not in ("fast", "reference"):
-        raise ValueError(f'kernel version {version!r} is not "fast" or "reference"')
+    """Runs every kernel called in this block in the given version. InputError for "triton" without Triton."""
+    if version not in ("fast", "reference", "triton"):
+        raise ValueError(f'kernel version {version!r} is not "fast", "reference" or "triton"')
+    if version == "triton" and not triton_installed():
+        raise InputError('kernel version "triton" needs the package triton, which is not installed')
     token = _version.set(version)
     try:
         yield
@@ -31,3 +44,32 @@ def use(version: Version) -> Iterator[None]:
 
 def reference_wanted() -> bool:
     return _version.get() == "reference"
+
+
+def triton_wanted(tensor: Tensor) -> bool:
+    """Whether a kernel that has a Triton version runs it on `tensor` and others like it. InputError where
+    `use("triton")` demands what cannot be."""
+    version = _version.get()
+    if version == "reference":
+        return False
+    if version == "fast":
+        return tensor.is_cuda and tensor.dtype != torch.float64 and triton_installed()
+    if tensor.dtype == torch.float64:
+        raise InputError('kernel version "triton" computes in float32: it does not take float64')
+    if not tensor.is_cuda and not (tensor.device.type == "cpu" and _interpreted()):
+        raise InputError(
+            f'kernel version "triton" needs a CUDA device, not "{tensor.device.type}" '
+            "(on the CPU: TRITON_INTERPRET=1, set before Triton is imported)"
+        )
+    return True
+
+
+@cache
+def triton_installed() -> bool:
+    return find_spec("triton") is not None
+
+
+def _interpreted() -> bool:
+    from kvell.kernels.triton import INTERPRETED
+
+    return INTERPRETED

@@ -21,7 +21,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 from torch.nn import functional as F
 
-from kvell.kernels.choice import reference_wanted
+from kvell.kernels.choice import reference_wanted, triton_wanted
 from kvell.kernels.top_k import top_k_ascending
 
 # Scores of a block of queries are at most about so many numbers: large enough to keep matrix products efficient.
@@ -43,6 +43,10 @@ def compressed_attention(
     window: int,
 ) -> Float[Tensor, "n H D"]:
     """One sequence's queries, its last n rows', over its rows and entries. Picks of -1 stand for none."""
+    if triton_wanted(query):
+        from kvell.kernels.triton.compressed import compressed_attention as in_triton
+
+        return in_triton(query, rows, entries, visible, picks, sink, scale=scale, window=window)
     run = compressed_attention_reference if reference_wanted() else compressed_attention_blocked
     return run(query, rows, entries, visible, picks, sink, scale=scale, window=window)
 
@@ -172,6 +176,10 @@ def pick(
 
     Of equal scores the lowest index. P is top_k, or E if there are fewer entries.
     """
+    if triton_wanted(query):
+        from kvell.kernels.triton.index import pick as in_triton
+
+        return in_triton(query, weights, keys, visible, top_k)
     run = pick_reference if reference_wanted() else pick_blocked
     return run(query, weights, keys, visible, top_k)
 

@@ -20,6 +20,7 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from kvell.cache import StreamSpec
+from kvell.kernels.compressor import pooled_entries
 from kvell.layers.cost import Cost, linear, norm, together, vector
 from kvell.layers.norms import RMSNorm
 from kvell.layers.part import Part, Site
@@ -104,21 +105,10 @@ class EntryCompressor(KeepsFp32):
             return rows[:0, : self.width]
         behind = 1 if self.config.overlap and first > 0 else 0  # windows before the first whose tokens it needs
         rows = rows[len(rows) - (stop - (first - behind) * ratio) : len(rows) - (stop - last * ratio)]
-        values, gates = rows.unflatten(0, (-1, ratio)).chunk(2, dim=-1)
-        gates = gates.float() + self.position_bias
-        if self.config.overlap:
-            values, gates = self._overlapping(values, behind, 0.0), self._overlapping(gates, behind, float("-inf"))
-        entries = self.norm((gates.softmax(1) * values).sum(1).to(rows.dtype))
+        assert self.norm.weight is not None
         positions = torch.arange(first, last, device=rows.device) * ratio
-        table = rotary_table(self.rotary, self.rotary_width, positions, torch.float32)
-        entries = table.rotate_last(entries[:, None])[:, 0]
+        cos, sin = rotary_table(self.rotary, self.rotary_width, positions, torch.float32)
+        entries = pooled_entries(
+            rows, self.position_bias, self.norm.weight, cos, sin, behind=behind, eps=self.norm.eps
+        )
         return entries if self.rounding is None else self.rounding(entries)
-
-    def _overlapping(
-        self, windows: Float[Tensor, "J ratio both"], behind: int, nothing: float
-    ) -> Float[Tensor, "I slots D"]:
-        """The window before through the first set of channels, the window itself through the second."""
-        before, own = windows.split(self.width, dim=-1)
-        if not behind:
-            before = torch.cat([torch.full_like(before[:1], nothing), before])
-        return torch.cat([before[: len(own) - behind], own[behind:]], dim=1)

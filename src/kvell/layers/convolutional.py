@@ -29,6 +29,7 @@ from torch.nn import functional as F
 
 from kvell.cache import StreamSpec
 from kvell.kernels.attention import attention
+from kvell.kernels.convolution import convolved_heads
 from kvell.layers.cost import Cost, Technique, Weight, Work, linear, together, vector
 from kvell.layers.grouped_query import GroupedQuery
 from kvell.layers.key_values import KEY_VALUES, KeyValues, unlike
@@ -188,16 +189,14 @@ class ConvolutionalAttention(nn.Module):
     def forward(self, x: Float[Tensor, "T C"], step: "Step", wanted: "Step | None" = None) -> Float[Tensor, "W C"]:
         """`wanted` narrows the queries to some of the step's tokens: W = T without it."""
         config = self.config
+        query, key = self._query_and_key(x, step)
         if config.kv_source is None:
-            query, key = self._query_and_key(x, step)
             seen = self._append(key, self._value(x, step), step)
             step.leave(self.index, KEY_VALUES, seen)
         else:
-            query, seen = self._query(x, step), step.made[config.kv_source, KEY_VALUES]
+            seen = step.made[config.kv_source, KEY_VALUES]
         if wanted is not None:
             query, step = wanted.select(query), wanted
-        if config.rotary is not None:
-            query = step.rotary(config.rotary, config.head_dim, x.dtype).rotate(query)
         scale, window = config.head_dim**-0.5, config.sliding_window
         return self.o_proj(
             attention(query, seen.keys, seen.values, step.counts, scale=scale, window=window).flatten(1)
@@ -206,47 +205,39 @@ class ConvolutionalAttention(nn.Module):
     def _query_and_key(
         self, x: Float[Tensor, "T C"], step: "Step"
     ) -> tuple[Float[Tensor, "T H D"], Float[Tensor, "T K D"]]:
-        """Convolved, joined with their means, normalised; not yet rotated."""
+        """Convolved behind the rows that every sequence remembers, joined with their means, normalised and turned;
+        no keys where they are another layer's."""
         config = self.config
-        rows = torch.cat([self.q_proj(x), self.k_proj(x)], dim=1)
-        convolved = self._convolve(rows, step).unflatten(1, (-1, config.head_dim))
-        query, key = rows.unflatten(1, (-1, config.head_dim)).split([config.num_heads, config.num_kv_heads], dim=1)
-        group = config.num_heads // config.num_kv_heads
-        query_mean = (query + key.repeat_interleave(group, dim=1)) / 2
-        key_mean = query_mean.unflatten(1, (-1, group)).mean(2)
-        query = normalised(convolved[:, : config.num_heads] + query_mean)
-        key = normalised(convolved[:, config.num_heads :] + key_mean)
-        return query, key * self.temperature[:, None]
-
-    def _query(self, x: Float[Tensor, "T C"], step: "Step") -> Float[Tensor, "T H D"]:
-        """The same where the keys are another layer's."""
-        rows = self.q_proj(x)
-        return normalised((self._convolve(rows, step) + rows).unflatten(1, (-1, self.config.head_dim)))
-
-    def _append(self, key: Float[Tensor, "T K D"], value: Float[Tensor, "T KD"], step: "Step") -> KeyValues:
-        """This step's keys, rotated, and values, joined to those its sequences remember."""
-        config, heads = self.config, (self.config.num_kv_heads, self.config.head_dim)
-        if config.rotary is not None:
-            key = step.rotary(config.rotary, config.head_dim, key.dtype).rotate(key)
-        keys = step.append(self.index, "key", key.flatten(1))
-        values = step.append(self.index, "value", value)
-        return KeyValues([rows.unflatten(1, heads) for rows in keys], [rows.unflatten(1, heads) for rows in values])
-
-    def _convolve(self, rows: Float[Tensor, "T channels"], step: "Step") -> Float[Tensor, "T channels"]:
-        """Both convolutions over every sequence, each behind the rows that it remembers.
-
-        Sequences are laid end to end with `reach` rows before each, and convolved at once. Outputs that would look
-        across a sequence's beginning are those of its first `reach` rows, which nobody asks for.
-        """
-        reach = self.config.reach
+        own_keys, reach = config.kv_source is None, config.reach
+        rows = torch.cat([self.q_proj(x), self.k_proj(x)], dim=1) if own_keys else self.q_proj(x)
         behind = [
             preceded(seen, count + reach)
             for seen, count in zip(step.append(self.index, "query_key", rows), step.counts, strict=True)
         ]
-        lengths = [len(sequence) for sequence in behind]
-        laid = torch.cat(behind).T[None]
-        y = F.pad(self.conv_grouped(self.conv_depthwise(laid)), (reach, 0))[0].T
-        return torch.cat([sequence[reach:] for sequence in y.split(lengths)])
+        cos, sin = None, None
+        if config.rotary is not None:
+            cos, sin = step.rotary(config.rotary, config.head_dim, x.dtype)
+        depthwise, grouped = self.conv_depthwise, self.conv_grouped
+        assert depthwise.bias is not None
+        assert grouped.bias is not None
+        return convolved_heads(
+            torch.cat(behind),
+            depthwise.weight,
+            depthwise.bias,
+            grouped.weight,
+            grouped.bias,
+            self.temperature if own_keys else None,
+            cos,
+            sin,
+            step.counts,
+        )
+
+    def _append(self, key: Float[Tensor, "T K D"], value: Float[Tensor, "T KD"], step: "Step") -> KeyValues:
+        """This step's keys and values, joined to those its sequences remember."""
+        heads = self.config.num_kv_heads, self.config.head_dim
+        keys = step.append(self.index, "key", key.flatten(1))
+        values = step.append(self.index, "value", value)
+        return KeyValues([rows.unflatten(1, heads) for rows in keys], [rows.unflatten(1, heads) for rows in values])
 
     def _value(self, x: Float[Tensor, "T C"], step: "Step") -> Float[Tensor, "T KD"]:
         """Half the channels from the token itself, half from the one before it in its sequence."""
@@ -266,8 +257,3 @@ def preceded(
     if nothing is None:
         return F.pad(seen, (0, 0, missing, 0))
     return torch.cat([nothing.expand(missing, -1), seen])
-
-
-def normalised(x: Float[Tensor, "T heads D"]) -> Float[Tensor, "T heads D"]:
-    """Every head at the L2 norm sqrt(D)."""
-    return x * (x.shape[-1] ** 0.5 / x.norm(dim=-1, keepdim=True).clamp_min(torch.finfo(x.dtype).eps))

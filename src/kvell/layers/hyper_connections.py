@@ -25,6 +25,7 @@ from jaxtyping import Float
 from pydantic import PositiveFloat, PositiveInt
 from torch import Tensor, nn
 
+from kvell.kernels.hyper_connections import collapse, flat_norm, hyper_read, hyper_write
 from kvell.layers.cost import Cost, Weight, per_token, vector
 from kvell.layers.part import Part, Site
 from kvell.layers.precision import KeepsFp32
@@ -94,25 +95,20 @@ class HyperConnection(KeepsFp32):
 
     def read(self, h: Float[Tensor, "T N C"]) -> tuple[Float[Tensor, "T C"], Reading]:
         """The block's input, and what `write` needs to know of this reading."""
-        streams = self.config.streams
-        numbers = nn.functional.linear(flat_norm(h, self.norm_eps), self.weight)
-        pre, post, mix = (
-            part * scale + base
-            for part, scale, base in zip(
-                numbers.split([streams, streams, streams**2], dim=-1),
-                self.scale,
-                self.base.split([streams, streams, streams**2]),
-                strict=True,
-            )
+        config = self.config
+        x, post, mix = hyper_read(
+            h,
+            self.weight,
+            self.base,
+            self.scale,
+            iterations=config.iterations if config.constrained else None,
+            eps=config.eps,
+            norm_eps=self.norm_eps,
         )
-        mix = mix.unflatten(-1, (streams, streams))
-        if self.config.constrained:
-            mix = sinkhorn(mix, self.config.iterations, self.config.eps)
-        return collapse(pre.sigmoid() + self.config.eps, h), Reading(2 * post.sigmoid(), mix)
+        return x, Reading(post, mix)
 
     def write(self, h: Float[Tensor, "T N C"], y: Float[Tensor, "T C"], reading: Reading) -> Float[Tensor, "T N C"]:
-        placed = reading.post[:, :, None] * y.float()[:, None]
-        return placed.baddbmm(reading.mix.transpose(1, 2), h.float()).to(h.dtype)
+        return hyper_write(h, y, *reading)
 
     def init_parameters(self) -> None:
         """The training initialisation of mHC (arXiv 2512.24880, appendix A.6): small gating scales, and a base with
@@ -149,24 +145,3 @@ class HyperEnds(KeepsFp32):
     def init_parameters(self) -> None:
         self.scale.fill_(0.01)
         self.base.zero_()
-
-
-def sinkhorn(logits: Float[Tensor, "T N N"], iterations: int, eps: float) -> Float[Tensor, "T N N"]:
-    """Matrices whose rows and columns sum to 1: softmax of each row, then columns and rows in turn."""
-    mix = logits.softmax(-1) + eps
-    mix = mix / (mix.sum(-2, keepdim=True) + eps)
-    for _ in range(iterations - 1):
-        mix = mix / (mix.sum(-1, keepdim=True) + eps)
-        mix = mix / (mix.sum(-2, keepdim=True) + eps)
-    return mix
-
-
-def flat_norm(h: Float[Tensor, "T N C"], eps: float) -> Float[Tensor, "T NC"]:
-    """All streams of a token as one vector of unit mean square, fp32."""
-    flat = h.flatten(1).float()
-    return nn.functional.rms_norm(flat, (flat.shape[-1],), eps=eps)
-
-
-def collapse(weights: Float[Tensor, "T N"], h: Float[Tensor, "T N C"]) -> Float[Tensor, "T C"]:
-    """The weighted sum of the streams, in their dtype."""
-    return (weights[:, None] @ h.float()).squeeze(1).to(h.dtype)

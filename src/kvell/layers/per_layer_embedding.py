@@ -26,7 +26,6 @@ from kvell.layers.feed_forward import ACTIVATIONS, ActivationName
 from kvell.layers.norms import RMSNorm
 from kvell.layers.part import Part, Site
 
-
 # Where the table is a larger share of the model than this, loading on the CPU leaves it on disk.
 MAPPED_SHARE = 0.25
 

@@ -26,6 +26,7 @@ from jaxtyping import Float, Int
 from pydantic import Field, PositiveFloat, PositiveInt
 from torch import Tensor
 
+from kvell.kernels.rotation import rotate, rotate_last
 from kvell.layers.part import Part
 
 Fraction = Annotated[float, Field(gt=0, le=1)]
@@ -139,20 +140,11 @@ class RotaryTable(NamedTuple):
 
     def rotate(self, x: Float[Tensor, "T heads D"]) -> Float[Tensor, "T heads D"]:
         """Turns the first 2 x pairs channels of every head; the rest pass through."""
-        pairs = self.cos.shape[-1]
-        cos, sin = self.cos[:, None], self.sin[:, None]
-        a, b, rest = x[..., :pairs], x[..., pairs : 2 * pairs], x[..., 2 * pairs :]
-        turned = [a * cos - b * sin, b * cos + a * sin]
-        return torch.cat([*turned, rest] if rest.shape[-1] else turned, dim=-1)
+        return rotate(x, self.cos, self.sin)
 
     def rotate_last(self, x: Float[Tensor, "T heads D"]) -> Float[Tensor, "T heads D"]:
         """Turns the last 2 x pairs channels of every head, each pair side by side, in the table's dtype."""
-        width = 2 * self.cos.shape[-1]
-        cos, sin = self.cos[:, None], self.sin[:, None]
-        rest, pairs = x[..., :-width], x[..., -width:].to(cos.dtype).unflatten(-1, (-1, 2))
-        a, b = pairs.unbind(-1)
-        turned = torch.stack([a * cos - b * sin, b * cos + a * sin], dim=-1).flatten(-2)
-        return torch.cat([rest, turned.to(x.dtype)], dim=-1)
+        return rotate_last(x, self.cos, self.sin)
 
     def inverse(self) -> "RotaryTable":
         """The table that turns back."""

@@ -1,0 +1,97 @@
+"""Reading from and writing to hyper-connected streams, per token (layers/hyper_connections.py has the formulas).
+
+With the N streams h (N, C) of a token, flattened and normalised to x = h / rms(h) of N * C channels:
+
+    numbers = W x                                  N for pre, N for post, N x N for mix, fp32
+    pre, post, mix = sigmoid(a_1 pre + b) + eps,  2 sigmoid(a_2 post + b),  sinkhorn(a_3 mix + b)
+    read:   sum_j pre_j h_j
+    write:  stream k = post_k y + sum_j mix[j, k] h_j
+"""
+
+from jaxtyping import Float
+from torch import Tensor
+from torch.nn import functional as F
+
+from kvell.kernels.choice import triton_wanted
+
+
+def hyper_read(
+    h: Float[Tensor, "T N C"],
+    weight: Float[Tensor, "M NC"],
+    base: Float[Tensor, " M"],
+    scale: Float[Tensor, "3"],
+    *,
+    iterations: int | None,
+    eps: float,
+    norm_eps: float,
+) -> tuple[Float[Tensor, "T C"], Float[Tensor, "T N"], Float[Tensor, "T N N"]]:
+    """The block's input, post and mix. Without `iterations` of Sinkhorn mix stays as it is. M is N * (2 + N)."""
+    if triton_wanted(h):
+        from kvell.kernels.triton.hyper_connections import hyper_read as run
+    else:
+        run = hyper_read_reference
+    return run(h, weight, base, scale, iterations=iterations, eps=eps, norm_eps=norm_eps)
+
+
+def hyper_write(
+    h: Float[Tensor, "T N C"], y: Float[Tensor, "T C"], post: Float[Tensor, "T N"], mix: Float[Tensor, "T N N"]
+) -> Float[Tensor, "T N C"]:
+    """The streams after a block whose output is y."""
+    if triton_wanted(h):
+        from kvell.kernels.triton.hyper_connections import hyper_write as run
+    else:
+        run = hyper_write_reference
+    return run(h, y, post, mix)
+
+
+def hyper_read_reference(
+    h: Float[Tensor, "T N C"],
+    weight: Float[Tensor, "M NC"],
+    base: Float[Tensor, " M"],
+    scale: Float[Tensor, "3"],
+    *,
+    iterations: int | None,
+    eps: float,
+    norm_eps: float,
+) -> tuple[Float[Tensor, "T C"], Float[Tensor, "T N"], Float[Tensor, "T N N"]]:
+    """The same in plain torch."""
+    streams = h.shape[1]
+    parts = [streams, streams, streams**2]
+    numbers = F.linear(flat_norm(h, norm_eps), weight)
+    pre, post, mix = (
+        part * factor + offset
+        for part, factor, offset in zip(numbers.split(parts, dim=-1), scale, base.split(parts), strict=True)
+    )
+    mix = mix.unflatten(-1, (streams, streams))
+    if iterations is not None:
+        mix = sinkhorn(mix, iterations, eps)
+    return collapse(pre.sigmoid() + eps, h), 2 * post.sigmoid(), mix
+
+
+def hyper_write_reference(
+    h: Float[Tensor, "T N C"], y: Float[Tensor, "T C"], post: Float[Tensor, "T N"], mix: Float[Tensor, "T N N"]
+) -> Float[Tensor, "T N C"]:
+    """The same in plain torch."""
+    placed = post[:, :, None] * y.float()[:, None]
+    return placed.baddbmm(mix.transpose(1, 2), h.float()).to(h.dtype)
+
+
+def sinkhorn(logits: Float[Tensor, "T N N"], iterations: int, eps: float) -> Float[Tensor, "T N N"]:
+    """Matrices whose rows and columns sum to 1: softmax of each row, then columns and rows in turn."""
+    mix = logits.softmax(-1) + eps
+    mix = mix / (mix.sum(-2, keepdim=True) + eps)
+    for _ in range(iterations - 1):
+        mix = mix / (mix.sum(-1, keepdim=True) + eps)
+        mix = mix / (mix.sum(-2, keepdim=True) + eps)
+    return mix
+
+
+def flat_norm(h: Float[Tensor, "T N C"], eps: float) -> Float[Tensor, "T NC"]:
+    """All streams of a token as one vector of unit mean square, fp32."""
+    flat = h.flatten(1).float()
+    return F.rms_norm(flat, (flat.shape[-1],), eps=eps)
+
+
+def collapse(weights: Float[Tensor, "T N"], h: Float[Tensor, "T N C"]) -> Float[Tensor, "T C"]:
+    """The weighted sum of the streams, in their dtype."""
+    return (weights[:, None] @ h.float()).squeeze(1).to(h.dtype)
