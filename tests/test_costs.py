@@ -36,9 +36,7 @@ def check_weights(config: ModelConfig) -> None:
     """Name by name: the shape, whether it stays fp32, and whether it is learnt."""
     model = build_empty(config, torch.bfloat16)
     learnt = dict(model.named_parameters())
-    real = {
-        name: (tuple(tensor.shape), tensor.dtype, name in learnt) for name, tensor in model.named_tensors()
-    }
+    real = {name: (tuple(tensor.shape), tensor.dtype, name in learnt) for name, tensor in model.named_tensors()}
     kept = {"fp32": torch.float32, "int64": torch.int64}
     stated = {one.name: (one.shape, kept.get(one.form, torch.bfloat16), one.learnt) for one in weights(config)}
     assert stated == real

@@ -49,7 +49,10 @@ def test_a_family_holds_and_reserves_what_was_planned(
 
 @HUNDRED
 @given(
-    config=configs(), length=st.integers(1, 150), batch_size=st.integers(1, 3), max_rewind=st.sampled_from([0, 1, 9, 400])
+    config=configs(),
+    length=st.integers(1, 150),
+    batch_size=st.integers(1, 3),
+    max_rewind=st.sampled_from([0, 1, 9, 400]),
 )
 def test_a_mixed_model_holds_and_reserves_what_was_planned(
     config: ModelConfig, length: int, batch_size: int, max_rewind: int

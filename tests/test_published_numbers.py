@@ -207,9 +207,7 @@ def olmo(connection: HyperConnections | None) -> ModelConfig:
     )
     layer = LayerConfig(attention=attention, feed_forward=GatedMLP(intermediate_size=11_008))
     residual = {} if connection is None else {"connection": connection}
-    return ModelConfig(
-        vocab_size=50_304, hidden_size=4096, max_positions=2048, layers=(layer,) * 32, **residual
-    )
+    return ModelConfig(vocab_size=50_304, hidden_size=4096, max_positions=2048, layers=(layer,) * 32, **residual)
 
 
 def test_hyper_connections_add_little() -> None:

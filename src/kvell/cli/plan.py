@@ -54,14 +54,17 @@ COLUMNS = (
 def plan(
     models: Annotated[
         list[str],
-        typer.Argument(help="Directories, config.json or YAML files, built-in names, or references.", metavar="MODEL..."),
+        typer.Argument(
+            help="Directories, config.json or YAML files, built-in names, or references.", metavar="MODEL..."
+        ),
     ],
     context: Annotated[str | None, typer.Option(help="Tokens: 131072, 128K, or a range such as 4K..1M.")] = None,
     batch: Annotated[int, typer.Option(help="Sequences of that context.")] = 1,
     dtype: Annotated[str, typer.Option(help="bfloat16, float32, float16, fp8 or released.")] = "bfloat16",
     max_rewind: Annotated[int, typer.Option(help="Newest tokens that can be taken back.")] = 0,
     memory: Annotated[
-        str | None, typer.Option(help="24GiB or 24GB: the longest context that fits; with --context the largest batch.")
+        str | None,
+        typer.Option(help="24GiB or 24GB: the longest context that fits; with --context the largest batch."),
     ] = None,
     compare: Annotated[bool, typer.Option("--compare", help="One table for all models.")] = False,
     against: Annotated[str | None, typer.Option(help="A model to measure the first one by, in percent.")] = None,
@@ -113,7 +116,12 @@ def plan(
 
 
 def _fitting(
-    configs: "dict[str, ModelConfig]", context: str | None, batch: int, memory: str | None, dtype: str, max_rewind: int
+    configs: "dict[str, ModelConfig]",
+    context: str | None,
+    batch: int,
+    memory: str | None,
+    dtype: str,
+    max_rewind: int,
 ) -> tuple[dict[str, list[int]], int]:
     """Each model's contexts, and the batch: with a memory the one of them that was not given is the largest."""
     from kvell.planning import batch_that_fits, context_that_fits

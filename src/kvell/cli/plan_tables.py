@@ -24,7 +24,8 @@ def weights_table(plan: "Plan") -> "Table":
     ]
     resident = f"{bytes_text(plan.resident_weight_bytes)} resident"
     return grid(
-        ("weights", "numbers", "bytes", ""), [*rows, ("all", f"{plan.parameters:,}", bytes_text(plan.weight_bytes), resident)]
+        ("weights", "numbers", "bytes", ""),
+        [*rows, ("all", f"{plan.parameters:,}", bytes_text(plan.weight_bytes), resident)],
     )
 
 
@@ -101,7 +102,9 @@ def range_table(plans: Sequence["Plan"], what: str) -> "Table":
     rows = []
     for context in contexts:
         own = [found[model, context] for model in models]
-        cells = [bytes_text(plan.cache_bytes) if what == "cache" else flops_text(plan.flops_per_token) for plan in own]
+        cells = [
+            bytes_text(plan.cache_bytes) if what == "cache" else flops_text(plan.flops_per_token) for plan in own
+        ]
         rows.append((tokens_text(context), *cells))
     return grid(("cache" if what == "cache" else "FLOPs of a token", *models), rows)
 

@@ -111,7 +111,9 @@ class Convolutional(Part):
         if self.kv_source is None:
             projections += [("k_proj", keys), ("v_proj_current", keys // 2), ("v_proj_delayed", keys // 2)]
             costs.append(Cost((vector("temperature", self.num_kv_heads),)))
-        costs += [linear(name, width, hidden, "projections", bias=bias, every_token=True) for name, width in projections]
+        costs += [
+            linear(name, width, hidden, "projections", bias=bias, every_token=True) for name, width in projections
+        ]
         kernels = [("conv_depthwise", 1, self.depthwise_kernel), ("conv_grouped", self.head_dim, self.grouped_kernel)]
         for name, inputs, kernel in kernels:
             shape = (self.channels, inputs, kernel)

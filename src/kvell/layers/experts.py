@@ -68,9 +68,7 @@ class MixtureOfExperts(Part):
         """The expert that every token takes."""
         if self.shared_intermediate_size is None:
             return None
-        return GatedMLP(
-            intermediate_size=self.shared_intermediate_size, activation=self.activation, limit=self.limit
-        )
+        return GatedMLP(intermediate_size=self.shared_intermediate_size, activation=self.activation, limit=self.limit)
 
     def cost(self, site: Site) -> Cost:
         """Router, experts, of which a token takes `top_k`, and the shared one."""

@@ -1,11 +1,11 @@
 """Storage formats: how many bytes weights and cached rows take.
 
-    float32, bfloat16, float16   every number so, besides what a model keeps in fp32
-    fp8                          matrices and rows a byte a number, the rest bf16; scales are left out
-    released                     as the family's released files and inference code have it: DeepSeek V4's FP8 and FP4
-                                 weights with their scales, its entries of 584 bytes and its indexer's of 68;
-                                 bf16 for families that are released so
-    released-fp8-index           the same with the indexer's entries in FP8, 132 bytes
+float32, bfloat16, float16   every number so, besides what a model keeps in fp32
+fp8                          matrices and rows a byte a number, the rest bf16; scales are left out
+released                     as the family's released files and inference code have it: DeepSeek V4's FP8 and FP4
+                             weights with their scales, its entries of 584 bytes and its indexer's of 68;
+                             bf16 for families that are released so
+released-fp8-index           the same with the indexer's entries in FP8, 132 bytes
 """
 
 from collections.abc import Mapping
