@@ -1,6 +1,6 @@
 """The estimate of a prefill's memory against what a fresh process really needs for it.
 
-The estimate (planning/peak.py) is about Kvell's own kernels on a CPU, so it is to be calibrated again when they change.
+The estimate (planning/peak.py) is about Kvell's own kernels on a CPU: when they change it must be calibrated again.
 """
 
 import json
@@ -98,7 +98,7 @@ SMALL: dict[str, dict[str, Any]] = {
     },
 }
 
-# What the process has before there is a model is no part of the plan: libraries, and what they keep after a first use.
+# What the process has before there is a model is no part of the plan: libraries, and what they keep after first use.
 MEASURE = """
 import json, sys, torch, kvell
 from kvell.families import parse_config

@@ -1,7 +1,6 @@
 """Published figures of real models, to the digits in which they were published.
 
-    Ahead of AI         "Recent Developments in LLM Architectures: KV Sharing, mHC, and Compressed Attention",
-                        2026-05-16: its own formula, and the percentages of DeepSeek's report
+    Ahead of AI         its article of 2026-05-16: a formula of its own, and the percentages of DeepSeek's report
     V4 report           DeepSeek V4, arXiv 2606.19348, and its released inference code (entry layout)
     V3.2 report         DeepSeek V3.2, arXiv 2512.02556, and its released inference code (656 + 132 bytes)
     an engine's log     a llama.cpp-family server running V4 Flash (github.com/nibor1896/Crow, issue 25)
@@ -187,7 +186,7 @@ def test_counting_the_fp4_indexer_whole_misses_the_report(model: str, percent: i
 
 
 def test_an_engines_log_of_v4_flash() -> None:
-    """At 65,536 tokens in 2-byte rows: CSA entries 336.00 MiB, HCA entries 10.00 MiB, the indexer's 84.00 MiB, windows
+    """At 65,536 tokens in 2-byte rows: CSA entries 336.00 MiB, HCA entries 10.00, the indexer's 84.00, windows
     32.25 MiB with 768 rows a layer; 127 past rows a layer are 5.33 MiB, 128 rows 5.375."""
     plan = kvell.plan(FLASH, 65_536)
     mebibytes = {(stream.name, stream.stride): stream.nbytes / 2**20 for stream in plan.streams}
@@ -211,9 +210,9 @@ def olmo(connection: HyperConnections | None) -> ModelConfig:
 
 
 def test_hyper_connections_add_little() -> None:
-    """Hyper-connections (arXiv 2409.19606): 13.36 to 13.38 GFLOP a token at 7 B with four streams, each of which makes
-    N + 2 weights of its own; attention's products are left out on both sides. Kvell's variant makes all its weights
-    of all streams together, as mHC does, and the sums over streams count as well: 13.43."""
+    """Hyper-connections (arXiv 2409.19606): 13.36 to 13.38 GFLOP a token at 7 B with four streams, each of which
+    makes N + 2 weights of its own; attention's products are left out on both sides. Kvell's variant makes all its
+    weights of all streams together, as mHC does, and the sums over streams count as well: 13.43."""
 
     def of_weights(counted: ModelConfig) -> float:
         by_part = decode_flops(counted, 1).by_part

@@ -5,7 +5,7 @@ import json
 import sys
 import warnings
 from enum import StrEnum
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
@@ -98,7 +98,7 @@ def plan(
         for name, config in configs.items()
         for length in lengths[name]
     ]
-    for one in plans:
+    for one in {one.model: one for one in plans}.values():  # of a model's contexts the last, which is the longest
         for warning in one.warnings:
             warnings.warn(f"{one.model}: {warning}", stacklevel=1)
     other = None
@@ -148,9 +148,11 @@ def _fitting(
     return {name: lengths}, largest
 
 
-def _window_rows(text: str | None) -> "int | str | None":
-    if text is None or text == "full":
-        return text
+def _window_rows(text: str | None) -> int | Literal["full"] | None:
+    if text is None:
+        return None
+    if text == "full":
+        return "full"
     return sizes.tokens(text, "window-rows")
 
 

@@ -1,6 +1,6 @@
 """A plan for people: tables that fit 80 columns."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
 from kvell.cli.sizes import bytes_text, flops_text, seconds_text, tokens_text
@@ -10,6 +10,10 @@ if TYPE_CHECKING:
 
     from kvell.planning import Plan
     from kvell.planning.what_if import Changed, Waterfall
+
+
+# Of a column: longer words about a layer go on in a second line.
+WIDEST = 44
 
 
 def title(plan: "Plan") -> str:
@@ -154,7 +158,7 @@ def engine_table(plan: "Plan", steps: Sequence[tuple[str, int]]) -> "Table":
     return grid(("an engine with", "reserves", ""), rows)
 
 
-def _pair(text, one, other):  # type: ignore[no-untyped-def]
+def _pair(text: Callable[[float], str], one: float, other: float) -> tuple[str, str, str]:
     return text(one), text(other), _percent(one, other)
 
 
@@ -180,7 +184,7 @@ def grid(head: Sequence[str], rows: Sequence[tuple[str, ...]], *, header: bool =
     table = Table(box=None, show_header=header, pad_edge=False, header_style="bold")
     for place, column in enumerate(head):
         left = place == 0 or (column in ("rows kept", "layers") and head[0].startswith("stream")) or (not header)
-        table.add_column(column, justify="left" if left else "right", overflow="fold")
+        table.add_column(column, justify="left" if left else "right", overflow="fold", max_width=WIDEST)
     for row in rows:
         table.add_row(*row)
     return table

@@ -19,7 +19,7 @@ kernels (rows shift, they are not replaced), and the beginning: zeros stand befo
 second one sees its bias there. Nothing but a sequence's own rows ever enters the convolution.
 """
 
-from typing import TYPE_CHECKING, Annotated, Literal, Self
+from typing import TYPE_CHECKING, Annotated, Any, Literal, Self
 
 import torch
 from jaxtyping import Float
@@ -145,7 +145,7 @@ class Convolutional(Part):
                 sliding_window=self.sliding_window,
                 kv_source=self.kv_source,
             )
-        absent = {
+        absent: dict[Technique, dict[str, Any]] = {
             "sharing": {"kv_source": None},
             "windows": {"sliding_window": None},
             "grouping": {"num_kv_heads": self.num_heads},

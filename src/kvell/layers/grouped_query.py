@@ -9,7 +9,7 @@ attention budgeting, Laguna XS.2), its own head width (Gemma 4) and its own slid
 has no keys and values at all: it reads another layer's, which may also be a convolutional one; see key_values.py.
 """
 
-from typing import TYPE_CHECKING, Annotated, Literal, Self
+from typing import TYPE_CHECKING, Annotated, Any, Literal, Self
 
 from jaxtyping import Float
 from pydantic import Field, NonNegativeInt, PositiveFloat, PositiveInt, model_validator
@@ -105,7 +105,7 @@ class GroupedQuery(Part):
 
     def without(self, technique: Technique, site: Site) -> "GroupedQuery":
         """The layer without a technique that it may have; to be counted, not built."""
-        absent = {
+        absent: dict[Technique, dict[str, Any]] = {
             "sharing": {"kv_source": None},
             "windows": {"sliding_window": None},
             "grouping": {"num_kv_heads": self.num_heads},

@@ -1,9 +1,9 @@
-"""The simplified formula of "Recent developments in LLM architectures" (Ahead of AI, 2026-05-16), for comparison:
+"""The simplified formula of an article on these architectures (Ahead of AI, 2026-05-16), for comparison:
 
     batch * tokens * head_dim * KV heads * layers that make keys and values * 2 * bytes
 
-It knows one head width for all layers and no windows, so it is no measure of what a model holds: Gemma 4 E2B's 2.01 GB
-at 131,072 tokens are 0.81 GB in fact. For Gemma 4 E4B the article takes a head width of 320, hidden size / heads.
+It knows one head width for all layers and no windows, so it is no measure of what a model holds: of Gemma 4 E2B's
+2.01 GB at 131,072 tokens 0.81 GB are real. For Gemma 4 E4B the article takes heads of 320, hidden size / heads.
 """
 
 from collections import Counter

@@ -7,10 +7,10 @@ from kvell.config import ModelConfig
 from kvell.layers.cost import Form, Weight, Work
 from kvell.planning.model_cost import Block, blocks, last_writer
 
-# "Equivalent FP8 FLOPs", in which DeepSeek compares V4 with V3.2 (arXiv 2606.19348): a product of 16-bit numbers, the
-# core attention, the head and the compressors, is worth two of 8 bits, one of an FP4 indexer half. Other weights count
-# 1: FP4 experts meet FP8 activations, routers and hyper-connections are 0.1 % of it. Sums in fp32 outside the matrix
-# units, over an indexer's heads and over residual streams, are not counted.
+# "Equivalent FP8 FLOPs", in which DeepSeek compares V4 with V3.2 (arXiv 2606.19348): a product of 16-bit numbers (the
+# core attention, the head, the compressors) is worth two of 8 bits, one of an FP4 indexer half. Other weights count
+# 1: FP4 experts meet FP8 activations, and routers and hyper-connections are 0.1 % of it. Sums in fp32 outside the
+# matrix units, over an indexer's heads and over residual streams, are not counted.
 TWICE = ("head", "compressor")
 WORK_WORTH: dict[Form, float] = {"fp32": 0.0, "bf16": 2.0, "fp8": 1.0, "fp4": 0.5, "int64": 0.0}
 
@@ -51,7 +51,8 @@ def _prefilled(block: Block, context: int, last: int | None) -> Iterator[tuple[W
     """A block's multiply-adds where only the last token is wanted behind layer `last`; None wants all tokens."""
     within = last is not None and block.layer == last and block.place in ("attention", "attention frame")
     whole = last is None or block.layer < last
-    for one in (*block.cost.weights, *block.cost.works):
+    costs: list[Weight | Work] = [*block.cost.weights, *block.cost.works]
+    for one in costs:
         for_all = whole or (within and one.every_token)
         # The last writer's connection is read once for all tokens, and once more for the one that goes on.
         again = within and one.every_token and block.place == "attention frame"

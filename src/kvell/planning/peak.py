@@ -1,8 +1,8 @@
 """The working set of a prefill: what a step needs beside weights and cache.
 
-A prompt goes through in steps of MAX_STEP tokens, so most of it stops growing there. It is an estimate for Kvell's own
-kernels on a CPU, stated from what the parts say of their costs, and calibrated by measuring: the residual in a few
-copies, what goes into and comes out of the matrices of the widest block, and what attention makes of the rows it sees.
+A prompt goes through in steps of MAX_STEP tokens, so most of it stops growing there. It is an estimate for Kvell's
+own kernels on a CPU, stated from what the parts say of their costs, and calibrated by measuring: the residual in a
+few copies, what goes into and out of the matrices of the widest block, and what attention makes of the rows seen.
 """
 
 from kvell.config import ModelConfig

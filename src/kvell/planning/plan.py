@@ -1,7 +1,7 @@
 """A plan: what a context costs, before anything is loaded.
 
-No model is built. Bytes come from the stream specifications that the cache itself allocates by, weights and FLOPs from
-what each technique states in its own file (layers/cost.py).
+No model is built. Bytes come from the stream specifications that the cache itself allocates by, weights and FLOPs
+from what each technique states in its own file (layers/cost.py).
 """
 
 import json
@@ -64,11 +64,12 @@ class Plan:
     """What `batch_size` sequences of `context` tokens cost.
 
     `cache_bytes` is what they hold (Cache.nbytes), `reserved_bytes` what a cache made for just that `max_length`
-    allocates and `grown_bytes` what one that grows does, filled in one step (Cache.allocated_nbytes). Each token adds `bytes_per_token` to a sequence, whose
-    `constant_bytes` do not grow. FLOPs are of one sequence: of the token that makes the context so long, and of a
-    prompt as long, with and without what only the logits of tokens before the last need. A step of decoding reads
-    `read_bytes` for the whole batch. Seconds are lower bounds on `device`. `working_bytes` is an estimate of what a
-    prefill needs beside weights and cache.
+    allocates and `grown_bytes` what one that grows does, filled in one step (Cache.allocated_nbytes). Each token adds
+    `bytes_per_token` to a sequence, whose `constant_bytes` do not grow. FLOPs are of one sequence: of the token that
+    makes the context so long, and of a prompt as long, with and without what only the logits of tokens before the
+    last need. A step of decoding reads `read_bytes` for the whole batch. Seconds are lower bounds on `device`, for
+    the prompts and for a step of the whole batch. `working_bytes` estimates what a prefill needs beside weights and
+    cache.
     """
 
     model: str

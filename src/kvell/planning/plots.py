@@ -64,9 +64,9 @@ def title_of(model: str, plan: Plan) -> str:
 
 
 def _draw_lines(plans: Sequence[Plan], path: str | Path, value: Callable[[Plan], int], label: str, unit: str) -> None:
+    axes, save = _figure(path)
     if len({plan.context for plan in plans}) < 2:
         raise InputError("a plot against context needs a range of contexts, such as 4K..1M")
-    axes, save = _figure(path)
     for place, model in enumerate(dict.fromkeys(plan.model for plan in plans)):
         own = [plan for plan in plans if plan.model == model]
         axes.plot(

@@ -1,4 +1,4 @@
-"""Models to compare with, which Kvell counts but does not load: latent attention with an indexer (DeepSeek V3.2), plain
+"""Models to compare with, which Kvell counts but does not load: latent attention with an indexer (DeepSeek V3.2),
 grouped-query attention (Llama 3.1 8B) and multi-head attention (Llama 2 7B). Shapes: their released configs."""
 
 from collections.abc import Callable
@@ -20,9 +20,9 @@ from kvell.layers.routers import SigmoidRouter
 
 class LatentAttention(Part):
     """Multi-head latent attention (MLA; DeepSeek V2, arXiv 2405.04434) whose rows an indexer picks (DeepSeek Sparse
-    Attention; V3.2, arXiv 2512.02556): one latent row per token, of `rank` channels that are value and key at once and
-    `rotary_width` that turn. Every head asks all of it, the projection to keys and values being part of the query's
-    and the output's. It is counted, never built.
+    Attention; V3.2, arXiv 2512.02556): one latent row per token, of `rank` channels that are value and key at once
+    and `rotary_width` that turn. Every head asks all of it, the projection to keys and values being part of the
+    query's and the output's. It is counted, never built.
     """
 
     kind: Literal["latent"] = "latent"

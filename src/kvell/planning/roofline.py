@@ -6,8 +6,10 @@ whitepapers, fp32 accumulation; AMD MI300X); CPUs: memory channels x transfer ra
 per cycle. No device reaches them: they bound, they do not predict.
 """
 
+import os
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from time import perf_counter
 
 import torch
@@ -69,7 +71,7 @@ def measured_device(dtype: torch.dtype = torch.bfloat16) -> Device:
     large = torch.ones(1 << 26, device=place)
     matrix = torch.ones(2048, 2048, dtype=dtype, device=place)
     reading = _best(large.sum, place)
-    products = (_best(lambda: one @ one, place) for one in (matrix, matrix.float()))
+    products = [_best(partial(torch.matmul, one, one), place) for one in (matrix, matrix.float())]
     rate = 2 * 2048**3 / min(products)
     memory = _memory(place)
     return Device(f"this {place.type}", memory, large.nbytes / reading, rate)
@@ -89,6 +91,4 @@ def _best(work: Callable[[], object], place: torch.device) -> float:
 def _memory(place: torch.device) -> int:
     if place.type == "cuda":
         return int(torch.cuda.get_device_properties(place).total_memory)
-    import os
-
     return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
