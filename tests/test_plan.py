@@ -125,7 +125,7 @@ def test_a_plan_goes_out_as_json() -> None:
 
 
 def test_the_waterfall_ends_at_what_the_model_holds() -> None:
-    """E2B, a token's values: 28 x 512 + 7 x 1024 in all layers, 12 x 512 + 3 x 1024 in those with keys of their own."""
+    """E2B, values a token: 28 x 512 + 7 x 1024 in all layers, 12 x 512 + 3 x 1024 in those with own keys."""
     config, tokens = known_config("gemma-4-e2b"), 131_072
     fall = waterfall(config, tokens, BFLOAT16)
     assert fall.plain_bytes == tokens * 2 * (28 * 512 + 7 * 1024)

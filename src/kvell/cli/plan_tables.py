@@ -57,13 +57,18 @@ def totals_table(plan: "Plan") -> "Table":
         ("  a token adds", f"{plan.bytes_per_token:,.2f} B".replace(".00 B", " B")),
         ("  does not grow", f"{bytes_text(plan.constant_bytes)} a sequence"),
         ("  reserved for it", bytes_text(plan.reserved_bytes)),
-        ("prefill's peak, with weights", f"{bytes_text(plan.peak_bytes)} (estimate)"),
+        ("prefill's peak, with weights", f"{bytes_text(plan.peak_bytes)} (estimate){_too_large(plan)}"),
         ("a decoding step reads", bytes_text(plan.read_bytes)),
         ("  FLOPs a byte", f"{plan.intensity:.2f}"),
         (f"time to first token on {plan.device.name}", f"at least {seconds_text(plan.seconds_to_first_token)}"),
         (f"time per token on {plan.device.name}", f"at least {seconds_text(plan.seconds_per_token)}"),
     ]
     return grid(("", ""), rows, header=False)
+
+
+def _too_large(plan: "Plan") -> str:
+    device = plan.device
+    return f"; {device.name} has {bytes_text(device.memory_bytes)}" if plan.peak_bytes > device.memory_bytes else ""
 
 
 def flops_table(plan: "Plan") -> "Table":
