@@ -19,7 +19,6 @@ from rich.table import Table
 
 import kvell
 from kvell.bundled import bundled_model_path
-from kvell.planning import cache_nbytes
 from kvell.training.corpus import read_corpus
 from kvell.training.settings import TrainingConfig
 from kvell.training.tasks import Passkey
@@ -67,8 +66,7 @@ def main() -> None:
     right = answer.strip().startswith(hidden)
 
     plain = TrainingConfig.read(HERE / "mini-gqa.yaml").model
-    held = cache_nbytes(model.config, cache.lengths[0], torch.bfloat16)
-    baseline = cache_nbytes(plain, cache.lengths[0], torch.bfloat16)
+    held, baseline = (kvell.plan(config, cache.lengths[0]).cache_bytes for config in (model.config, plain))
     table = Table(box=None, show_header=False, pad_edge=False)
     table.add_row("hidden", hidden)
     table.add_row("answered", f"{answer.strip()[: len(hidden)]}  ({'right' if right else 'WRONG'})")

@@ -15,7 +15,6 @@ from torch.nn import functional as F
 import kvell
 from kvell.bundled import bundled_model_path
 from kvell.generation import Tokenizer
-from kvell.planning import cache_nbytes
 from kvell.training.settings import TrainingConfig
 from kvell.training.tasks import Passkey, solved
 
@@ -80,7 +79,7 @@ def test_every_layer_of_the_later_half_reads_an_earlier_one() -> None:
 def test_its_cache_is_at_most_a_fifth_of_the_plain_models() -> None:
     plain = TrainingConfig.read(RECIPES / "mini-gqa.yaml").model
     mini = kvell.ModelConfig.from_pretrained(bundled_model_path())
-    held, full = (cache_nbytes(config, 16384, torch.bfloat16) for config in (mini, plain))
+    held, full = (kvell.plan(config, 16384).cache_bytes for config in (mini, plain))
     assert held <= full / 5
 
 

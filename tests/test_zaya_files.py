@@ -17,7 +17,6 @@ from transformers import ZayaConfig, ZayaForCausalLM
 import kvell
 from kvell.checkpoint.loading import build_empty
 from kvell.families import parse_config
-from kvell.planning import cache_nbytes
 
 HYBRID, SLIDING = "hybrid", "hybrid_sliding"
 EXPERTS = ZAYA["num_experts"]
@@ -282,9 +281,10 @@ def test_a_released_context_of_128k_takes_5_37_gb_beside_a_constant_state() -> N
         by_name[name] = by_name.get(name, 0) + stream.allocated_nbytes
     assert by_name.pop("key") + by_name.pop("value") == 5_368_709_120
     assert sum(by_name.values()) == STATE_BYTES
-    assert reserved.allocated_nbytes == cache_nbytes(config, 131_072, torch.bfloat16) == 5_368_709_120 + STATE_BYTES
+    planned = kvell.plan(config, 131_072)
+    assert reserved.allocated_nbytes == planned.reserved_bytes == planned.cache_bytes == 5_368_709_120 + STATE_BYTES
     for length in (2, 3, 1000, 131_072):
-        assert cache_nbytes(config, length, torch.bfloat16) == length * KEY_VALUE_BYTES + STATE_BYTES
+        assert kvell.plan(config, length).cache_bytes == length * KEY_VALUE_BYTES + STATE_BYTES
 
 
 @torch.no_grad()

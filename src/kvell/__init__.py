@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from kvell.errors import CacheError, CheckpointError, ConfigError, InputError, KvellError
     from kvell.generation import Piece, Tokenizer, generate
     from kvell.model import Decoder
+    from kvell.planning import Plan, plan
 
 __version__ = "0.1.0"
 
@@ -26,9 +27,11 @@ _HOMES = {
     "KvellError": "kvell.errors",
     "ModelConfig": "kvell.config",
     "Piece": "kvell.generation",
+    "Plan": "kvell.planning",
     "Tokenizer": "kvell.generation",
     "from_pretrained": "kvell.checkpoint",
     "generate": "kvell.generation",
+    "plan": "kvell.planning",
 }
 
 __all__ = [
@@ -41,9 +44,11 @@ __all__ = [
     "KvellError",
     "ModelConfig",
     "Piece",
+    "Plan",
     "Tokenizer",
     "from_pretrained",
     "generate",
+    "plan",
 ]
 
 

@@ -28,6 +28,14 @@ def streams_nbytes(specs: StreamSpecs, length: int, rewindable: int, dtype: torc
     return sum(spec.nbytes(length, rewindable, dtype) for spec in specs.values())
 
 
+def reserved_nbytes(
+    specs: StreamSpecs, length: int, rewindable: int, dtype: torch.dtype, *, exactly: bool = True
+) -> int:
+    """Bytes reserved for it: by a cache made for a `max_length` of so many tokens, or by one that grows (not
+    `exactly`) once a prompt of as many tokens went through in one step."""
+    return sum(spec.reserved_nbytes(length, rewindable, dtype, exactly=exactly) for spec in specs.values())
+
+
 @dataclasses.dataclass
 class SequenceState:
     """What one sequence remembers. `rewindable` of its last tokens can be taken back exactly."""

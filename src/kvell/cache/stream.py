@@ -36,9 +36,22 @@ class StreamSpec:
             return total
         return min(total, self.past + -(-rewindable // self.stride))
 
+    def reserved_rows(self, length: int, rewindable: int = 0, *, exactly: bool) -> int:
+        """Rows that the buffer has room for: so many `exactly`, or what one that grows gets when it is filled."""
+        rows = self.rows(length, rewindable)
+        return rows if exactly else with_reserve(rows)
+
+    def row_nbytes(self, dtype: torch.dtype) -> int:
+        """Bytes of a row, `dtype` being the model's."""
+        return self.width * (self.dtype or dtype).itemsize
+
     def nbytes(self, length: int, rewindable: int, dtype: torch.dtype) -> int:
-        """Bytes of those rows, `dtype` being the model's."""
-        return self.rows(length, rewindable) * self.width * (self.dtype or dtype).itemsize
+        """Bytes of the rows held."""
+        return self.rows(length, rewindable) * self.row_nbytes(dtype)
+
+    def reserved_nbytes(self, length: int, rewindable: int, dtype: torch.dtype, *, exactly: bool) -> int:
+        """Bytes of the buffer."""
+        return self.reserved_rows(length, rewindable, exactly=exactly) * self.row_nbytes(dtype)
 
 
 @dataclass
@@ -58,7 +71,7 @@ class Stream:
     def empty(
         cls, spec: StreamSpec, max_rewind: int, reserved: int | None, dtype: torch.dtype, device: torch.device
     ) -> "Stream":
-        rows = 0 if reserved is None else spec.rows(reserved, max_rewind)
+        rows = 0 if reserved is None else spec.reserved_rows(reserved, max_rewind, exactly=True)
         buffer = torch.empty(rows, spec.width, dtype=spec.dtype or dtype, device=device)
         return cls(spec, reserved, buffer)
 

@@ -15,7 +15,7 @@ from kvell.config import ModelConfig
 from kvell.errors import CheckpointError, InputError
 from kvell.families import FAMILIES, Placement, Placements, locate, read_config, read_json
 from kvell.families.family import Family
-from kvell.layers.per_layer_embedding import MappedTable
+from kvell.layers.per_layer_embedding import MAPPED_SHARE, MappedTable
 from kvell.model import Decoder
 
 TABLE = "per_layer_inputs.table.weight"
@@ -204,4 +204,4 @@ def _set(model: Decoder, name: str, values: Tensor, mapped: bool) -> None:
 
 def _table_is_large(model: Decoder) -> bool:
     sizes: Iterator[tuple[str, int]] = ((name, tensor.numel()) for name, tensor in model.named_tensors())
-    return dict(sizes).get(TABLE, 0) > model.num_parameters() / 4
+    return dict(sizes).get(TABLE, 0) > model.num_parameters() * MAPPED_SHARE

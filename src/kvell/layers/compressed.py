@@ -36,6 +36,7 @@ ratio - 1 of them, or 2 * ratio - 1 with overlap. What people get wrong: the pos
 settings for the window's keys than for the entries in layers that have both, and YaRN's attention factor (1 here).
 """
 
+from dataclasses import replace
 from functools import partial
 from typing import TYPE_CHECKING, Annotated, ClassVar, Literal, NamedTuple, Self
 
@@ -47,7 +48,9 @@ from torch import Tensor, nn
 from kvell.cache import StreamSpec
 from kvell.kernels.compressed import attention_mass, compressed_attention
 from kvell.kernels.rounding import hadamard, round_fp4, round_fp8
-from kvell.layers.compressor import Compressor, EntryCompressor, entry_streams
+from kvell.layers.compressor import Compressor, EntryCompressor, entry_cost, entry_streams
+from kvell.layers.cost import Cost, Technique, Work, linear, norm, together, vector
+from kvell.layers.grouped_query import GroupedQuery
 from kvell.layers.indexer import EntryIndexer, Indexer
 from kvell.layers.key_values import KEY_VALUES, unlike
 from kvell.layers.norms import RMSNorm
@@ -60,6 +63,8 @@ if TYPE_CHECKING:
 
 # Channels that share a scale in the released formats of keys and values, and of the indexer's.
 FP8_BLOCK, FP4_BLOCK = 64, 32
+# A window that holds whatever there is.
+UNLIMITED = 1 << 40
 
 
 class Compressed(Part):
@@ -136,6 +141,89 @@ class Compressed(Part):
     def full_attention_width(self) -> int:
         """Values a token would hold if this layer kept its keys, which are its values, for every token."""
         return self.head_dim
+
+    def released_streams(self, index_form: Literal["fp4", "fp8"] = "fp4") -> tuple[StreamSpec, ...]:
+        """The streams as DeepSeek's inference code stores them: rows of bytes, whole windows, fp32 for what waits.
+
+        A row or an entry is FP8 where no rotary embedding turns it, with a byte of scale per block, filled up to a
+        multiple of 8, and bf16 where one does: 448 + 8 + 128 = 584 bytes. An indexer's entry is MXFP4 with a byte of
+        scale per block, 64 + 4 = 68, or FP8 with one fp32 scale, 128 + 4 = 132.
+        """
+        plain = self.head_dim - self.rotary_width
+        row = plain + 8 * -(-plain // (8 * FP8_BLOCK)) + 2 * self.rotary_width
+        width = self._index_width or 0
+        packed = {
+            "window": row,
+            "entry": row,
+            "index": width // 2 + width // FP4_BLOCK if index_form == "fp4" else width + 4,
+        }
+        return tuple(
+            replace(
+                spec,
+                width=packed.get(spec.name, spec.width),
+                past=None if spec.past is None else spec.past + 1,
+                dtype=torch.uint8 if spec.name in packed else torch.float32,
+            )
+            for spec in self.streams()
+        )
+
+    def cost(self, site: Site, source: Part | None = None) -> Cost:
+        """The projections, the compressor's and the indexer's part, and for each row or entry attended to two
+        products with every query. `source` is the layer that it reads, whose picks it may take."""
+        hidden, queries = site.hidden_size, self.num_heads * self.head_dim
+        groups, rank = self.output_groups, self.output_rank
+        costs = [
+            linear("q_a_proj", self.query_rank, hidden, "projections"),
+            norm("q_a_norm", self.query_rank),
+            linear("q_b_proj", queries, self.query_rank, "projections"),
+            Cost((vector("sink", self.num_heads, part="projections", form="fp32"),)),
+            linear("o_a_proj", groups * rank, queries // groups, "projections"),
+            linear("o_b_proj", hidden, groups * rank, "projections"),
+        ]
+        if self.kv_source is None:
+            costs.append(linear("kv_proj", self.head_dim, hidden, "projections", every_token=True))
+            costs.append(norm("kv_norm", self.head_dim))
+            if self.compressor is not None:
+                costs.append(entry_cost(self.compressor, site, self.head_dim).under("compressor"))
+        if self.indexer is not None and self.compressor is not None:
+            costs.append(self.indexer.cost(self.compressor, site, self.query_rank).under("indexer"))
+        holder = site.index if self.kv_source is None else self.kv_source
+        works = [Work("attention", 2 * queries, most=self.sliding_window, reads=((holder, "window"),))]
+        if self.compressor is not None:
+            picking = getattr(source, "indexer", None) if self.source_picks else self.indexer
+            most = None if picking is None else picking.top_k
+            reads = ((holder, "entry"),)
+            works.append(Work("attention", 2 * queries, stride=self.compressor.ratio, most=most, reads=reads))
+        return together([*costs, Cost(works=tuple(works))])
+
+    def heads_of_rows(self) -> int:
+        """Into how many heads a cached row divides: all heads read the same one."""
+        return 1
+
+    def windowed_streams(self) -> tuple[str, ...]:
+        """The streams that would hold every token if the layer had no window."""
+        return () if self.kv_source is not None else ("window",)
+
+    def without(self, technique: Technique, site: Site) -> "Compressed | GroupedQuery":
+        """The layer without a technique that it may have; to be counted, not built. Without compression it keeps
+        every token's row. Its rows serve all heads: it is without grouping only where it does not compress."""
+        every_row = {"compressor": None, "indexer": None, "source_picks": False, "sliding_window": UNLIMITED}
+        if technique == "sharing":
+            return self.model_copy(update={"kv_source": None, "source_picks": False})
+        if technique == "compression" and self.compressor is not None:
+            return self.model_copy(update=every_row)
+        if technique == "windows" and self.compressor is None:
+            return self.model_copy(update=every_row)
+        if technique == "grouping" and self.compressor is None:
+            return GroupedQuery(
+                num_heads=self.num_heads,
+                num_kv_heads=self.num_heads,
+                head_dim=self.head_dim,
+                rotary=self.rotary,
+                sliding_window=None if self.sliding_window == UNLIMITED else self.sliding_window,
+                kv_source=self.kv_source,
+            )
+        return self
 
     def check_source(self, source: Part) -> str | None:
         """Why this layer cannot read `source`'s rows, entries and picks, or None where it can."""

@@ -21,6 +21,7 @@ from torch import Tensor, nn
 
 from kvell.cache import StreamSpec
 from kvell.kernels.compressor import pooled_entries
+from kvell.layers.cost import Cost, linear, norm, together, vector
 from kvell.layers.norms import RMSNorm
 from kvell.layers.part import Part, Site
 from kvell.layers.precision import KeepsFp32
@@ -46,6 +47,17 @@ def entry_streams(name: str, compressor: Compressor, width: int) -> tuple[Stream
         StreamSpec(name, width, stride=compressor.ratio),
         StreamSpec(f"{name}_raw", 2 * windows * width, past=windows * compressor.ratio - 1),
     )
+
+
+def entry_cost(compressor: Compressor, site: Site, width: int) -> Cost:
+    """Two projections of every token; pooling is no product of matrices."""
+    channels = width * (2 if compressor.overlap else 1)
+    projections = [
+        linear(name, channels, site.hidden_size, "compressor", every_token=True, form="bf16")
+        for name in ("kv_proj", "gate_proj")
+    ]
+    bias = vector("position_bias", compressor.ratio, channels, part="compressor", form="fp32")
+    return together([*projections, Cost((bias,)), norm("norm", width)])
 
 
 class EntryCompressor(KeepsFp32):

@@ -19,7 +19,7 @@ kernels (rows shift, they are not replaced), and the beginning: zeros stand befo
 second one sees its bias there. Nothing but a sequence's own rows ever enters the convolution.
 """
 
-from typing import TYPE_CHECKING, Annotated, Literal, Self
+from typing import TYPE_CHECKING, Annotated, Any, Literal, Self
 
 import torch
 from jaxtyping import Float
@@ -30,6 +30,8 @@ from torch.nn import functional as F
 from kvell.cache import StreamSpec
 from kvell.kernels.attention import attention
 from kvell.kernels.convolution import convolved_heads
+from kvell.layers.cost import Cost, Technique, Weight, Work, linear, together, vector
+from kvell.layers.grouped_query import GroupedQuery
 from kvell.layers.key_values import KEY_VALUES, KeyValues, unlike
 from kvell.layers.part import Part, Site
 from kvell.layers.rotary import Rotary, check_turns
@@ -98,6 +100,57 @@ class Convolutional(Part):
     def full_attention_width(self) -> int:
         """Values a token would hold if this layer kept keys and values for every token."""
         return 2 * self.num_kv_heads * self.head_dim
+
+    def cost(self, site: Site, source: Part | None = None) -> Cost:
+        """The projections and convolutions, of which all but the last are made of every token, and for each row seen
+        a product of every query with its key and with its value."""
+        hidden, bias = site.hidden_size, self.bias
+        queries, keys = self.num_heads * self.head_dim, self.num_kv_heads * self.head_dim
+        projections = [("q_proj", queries)]
+        costs = list[Cost]()
+        if self.kv_source is None:
+            projections += [("k_proj", keys), ("v_proj_current", keys // 2), ("v_proj_delayed", keys // 2)]
+            costs.append(Cost((vector("temperature", self.num_kv_heads),)))
+        costs += [
+            linear(name, width, hidden, "projections", bias=bias, every_token=True) for name, width in projections
+        ]
+        kernels = [("conv_depthwise", 1, self.depthwise_kernel), ("conv_grouped", self.head_dim, self.grouped_kernel)]
+        for name, inputs, kernel in kernels:
+            shape = (self.channels, inputs, kernel)
+            weight = Weight(f"{name}.weight", shape, "projections", "bf16", multiplied=True, every_token=True)
+            costs.append(Cost((weight, vector(f"{name}.bias", self.channels, part="projections"))))
+        costs.append(linear("o_proj", hidden, queries, "projections", bias=bias))
+        holder = site.index if self.kv_source is None else self.kv_source
+        reads = ((holder, "key"), (holder, "value"))
+        return together(costs) + Cost(works=(Work("attention", 2 * queries, most=self.sliding_window, reads=reads),))
+
+    def heads_of_rows(self) -> int:
+        """Into how many heads a cached row divides: what tensor parallelism can spread."""
+        return self.num_kv_heads
+
+    def windowed_streams(self) -> tuple[str, ...]:
+        """The streams that would hold every token if the layer had no window."""
+        return () if self.sliding_window is None else ("key", "value")
+
+    def without(self, technique: Technique, site: Site) -> "Convolutional | GroupedQuery":
+        """The layer without a technique that it may have; to be counted, not built. Without compression its heads
+        are as many more as make them as wide as the residual."""
+        if technique == "compression":
+            factor = max(site.hidden_size // (self.num_heads * self.head_dim), 1)
+            return GroupedQuery(
+                num_heads=self.num_heads * factor,
+                num_kv_heads=self.num_kv_heads * factor,
+                head_dim=self.head_dim,
+                rotary=self.rotary,
+                sliding_window=self.sliding_window,
+                kv_source=self.kv_source,
+            )
+        absent: dict[Technique, dict[str, Any]] = {
+            "sharing": {"kv_source": None},
+            "windows": {"sliding_window": None},
+            "grouping": {"num_kv_heads": self.num_heads},
+        }
+        return self.model_copy(update=absent[technique])
 
     def check_source(self, source: Part) -> str | None:
         """Why this layer cannot read `source`'s keys and values, or None where it can."""

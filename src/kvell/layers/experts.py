@@ -14,6 +14,7 @@ from pydantic import NonNegativeInt, PositiveFloat, PositiveInt, model_validator
 from torch import Tensor, nn
 
 from kvell.kernels.experts import experts
+from kvell.layers.cost import Cost, Weight, norm, together
 from kvell.layers.feed_forward import ActivationName, GatedFeedForward, GatedMLP, GatedUnit
 from kvell.layers.norms import RMSNorm
 from kvell.layers.part import Part, Site
@@ -62,6 +63,26 @@ class MixtureOfExperts(Part):
     def build(self, site: Site) -> "MixtureFeedForward":
         return MixtureFeedForward(self, site)
 
+    @property
+    def shared(self) -> GatedMLP | None:
+        """The expert that every token takes."""
+        if self.shared_intermediate_size is None:
+            return None
+        return GatedMLP(intermediate_size=self.shared_intermediate_size, activation=self.activation, limit=self.limit)
+
+    def cost(self, site: Site) -> Cost:
+        """Router, experts, of which a token takes `top_k`, and the shared one."""
+        count, width, hidden = self.num_experts, self.intermediate_size, site.hidden_size
+        shapes = {"gate_up_proj": (count, 2 * width, hidden), "down_proj": (count, hidden, width)}
+        routed = [
+            Weight(name, shape, "experts", "fp4", multiplied=True, used=(self.top_k, count))
+            for name, shape in shapes.items()
+        ]
+        costs = [self.router.cost(site, count, self.top_k).under("router"), Cost(tuple(routed))]
+        if self.shared is not None:
+            costs.append(self.shared.cost(site, "experts").under("shared_expert"))
+        return together(costs)
+
     def describe(self) -> str:
         shared = f" + shared {self.shared_intermediate_size}" if self.shared_intermediate_size else ""
         skip = " or none" if isinstance(self.router, MLPRouter) and self.router.skip_expert else ""
@@ -89,6 +110,12 @@ class DenseBesideExperts(Part):
     def build(self, site: Site) -> "DenseBesideExpertsFeedForward":
         return DenseBesideExpertsFeedForward(self, site)
 
+    def cost(self, site: Site) -> Cost:
+        """Both, and the four norms between them and the residual."""
+        names = ("dense_input_norm", "dense_output_norm", "mixture_input_norm", "mixture_output_norm")
+        norms = [norm(name, site.hidden_size) for name in names]
+        return together([self.dense.cost(site).under("dense"), self.mixture.cost(site).under("mixture"), *norms])
+
     def describe(self) -> str:
         return f"{self.dense.describe()} beside {self.mixture.describe()}"
 
@@ -104,12 +131,7 @@ class MixtureFeedForward(nn.Module):
         self.router = config.router.build(site, count, config.top_k)
         self.gate_up_proj = nn.Parameter(torch.empty(count, 2 * width, hidden))
         self.down_proj = nn.Parameter(torch.empty(count, hidden, width))
-        self.shared_expert = None
-        if config.shared_intermediate_size is not None:
-            shared = GatedMLP(
-                intermediate_size=config.shared_intermediate_size, activation=config.activation, limit=config.limit
-            )
-            self.shared_expert = GatedFeedForward(shared, hidden)
+        self.shared_expert = None if config.shared is None else GatedFeedForward(config.shared, hidden)
 
     def forward(
         self,

@@ -15,6 +15,7 @@ from pydantic import PositiveFloat, PositiveInt
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from kvell.layers.cost import Cost, WeightPart, linear, together
 from kvell.layers.part import Part, Site
 
 if TYPE_CHECKING:
@@ -55,6 +56,12 @@ class GatedMLP(Part):
 
     def build(self, site: Site) -> "GatedFeedForward":
         return GatedFeedForward(self, site.hidden_size)
+
+    def cost(self, site: Site, part: WeightPart = "feed-forward") -> Cost:
+        """Three matrices."""
+        width, hidden = self.intermediate_size, site.hidden_size
+        shapes = {"gate_proj": (width, hidden), "up_proj": (width, hidden), "down_proj": (hidden, width)}
+        return together(linear(name, *shape, part) for name, shape in shapes.items())
 
     def describe(self) -> str:
         return f"gated {self.intermediate_size}"

@@ -9,7 +9,7 @@ attention budgeting, Laguna XS.2), its own head width (Gemma 4) and its own slid
 has no keys and values at all: it reads another layer's, which may also be a convolutional one; see key_values.py.
 """
 
-from typing import TYPE_CHECKING, Annotated, Literal, Self
+from typing import TYPE_CHECKING, Annotated, Any, Literal, Self
 
 from jaxtyping import Float
 from pydantic import Field, NonNegativeInt, PositiveFloat, PositiveInt, model_validator
@@ -18,6 +18,7 @@ from torch.nn import functional as F
 
 from kvell.cache import StreamSpec
 from kvell.kernels.attention import attention
+from kvell.layers.cost import Cost, Technique, Work, linear, norm, together
 from kvell.layers.key_values import KEY_VALUES, KeyValues, unlike
 from kvell.layers.norms import RMSNorm
 from kvell.layers.part import Part, Site
@@ -73,6 +74,43 @@ class GroupedQuery(Part):
     def full_attention_width(self) -> int:
         """Values a token would hold if this layer kept keys and values of its own for every token."""
         return 2 * self.num_kv_heads * self.head_dim
+
+    def cost(self, site: Site, source: Part | None = None) -> Cost:
+        """The projections, and for each row seen a product of every query with its key and with its value."""
+        hidden, queries, keys = site.hidden_size, self.num_heads * self.head_dim, self.num_kv_heads * self.head_dim
+        costs = [linear("q_proj", queries, hidden, "projections", bias=self.bias)]
+        if self.query_norm:
+            costs.append(norm("q_norm", self.head_dim))
+        if self.kv_source is None:
+            costs.append(linear("k_proj", keys, hidden, "projections", bias=self.bias, every_token=True))
+            if self.key_norm:
+                costs.append(norm("k_norm", self.head_dim))
+            if not self.value_from_key:
+                costs.append(linear("v_proj", keys, hidden, "projections", bias=self.bias, every_token=True))
+        if self.output_gate is not None:
+            gates = self.num_heads if self.output_gate == "per_head" else queries
+            costs.append(linear("g_proj", gates, hidden, "projections"))
+        costs.append(linear("o_proj", hidden, queries, "projections", bias=self.bias))
+        holder = site.index if self.kv_source is None else self.kv_source
+        reads = ((holder, "key"), (holder, "value"))
+        return together(costs) + Cost(works=(Work("attention", 2 * queries, most=self.sliding_window, reads=reads),))
+
+    def heads_of_rows(self) -> int:
+        """Into how many heads a cached row divides: what tensor parallelism can spread."""
+        return self.num_kv_heads
+
+    def windowed_streams(self) -> tuple[str, ...]:
+        """The streams that would hold every token if the layer had no window."""
+        return () if self.sliding_window is None else ("key", "value")
+
+    def without(self, technique: Technique, site: Site) -> "GroupedQuery":
+        """The layer without a technique that it may have; to be counted, not built."""
+        absent: dict[Technique, dict[str, Any]] = {
+            "sharing": {"kv_source": None},
+            "windows": {"sliding_window": None},
+            "grouping": {"num_kv_heads": self.num_heads},
+        }
+        return self.model_copy(update=absent.get(technique))
 
     def check_source(self, source: Part) -> str | None:
         """Why this layer cannot read `source`'s keys and values, or None where it can."""

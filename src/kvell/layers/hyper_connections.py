@@ -26,6 +26,7 @@ from pydantic import PositiveFloat, PositiveInt
 from torch import Tensor, nn
 
 from kvell.kernels.hyper_connections import collapse, flat_norm, hyper_read, hyper_write
+from kvell.layers.cost import Cost, Weight, per_token, vector
 from kvell.layers.part import Part, Site
 from kvell.layers.precision import KeepsFp32
 
@@ -44,6 +45,27 @@ class HyperConnections(Part):
 
     def build_ends(self, site: Site) -> "HyperEnds":
         return HyperEnds(self, site)
+
+    def cost(self, site: Site) -> Cost:
+        """Of one block: the weights' making, the sum that is read, and the mixing of the streams. Reading belongs to
+        what makes a block's rows, so it is done for every token."""
+        streams, hidden = self.streams, site.hidden_size
+        works = (
+            per_token("connection", streams * hidden, form="fp32", every_token=True),
+            per_token("connection", streams**2 * hidden, form="fp32"),
+        )
+        return self._weights((2 + streams) * streams, site, scales=3) + Cost(works=works)
+
+    def ends_cost(self, site: Site) -> Cost:
+        """Of what opens and closes the residual."""
+        work = per_token("connection", self.streams * site.hidden_size, form="fp32")
+        return self._weights(self.streams, site, scales=1) + Cost(works=(work,))
+
+    def _weights(self, numbers: int, site: Site, scales: int) -> Cost:
+        shape = (numbers, self.streams * site.hidden_size)
+        weight = Weight("weight", shape, "connection", "fp32", multiplied=True, every_token=True)
+        vectors = {"base": numbers, "scale": scales}
+        return Cost((weight, *(vector(name, n, part="connection", form="fp32") for name, n in vectors.items())))
 
     def describe(self) -> str:
         return f"{self.streams} hyper-connected streams" + ("" if self.constrained else ", unconstrained")

@@ -21,9 +21,13 @@ from jaxtyping import Float, Int
 from pydantic import Field
 from torch import Tensor, nn
 
+from kvell.layers.cost import Cost, Weight, linear, norm, together
 from kvell.layers.feed_forward import ACTIVATIONS, ActivationName
 from kvell.layers.norms import RMSNorm
 from kvell.layers.part import Part, Site
+
+# Where the table is a larger share of the model than this, loading on the CPU leaves it on disk.
+MAPPED_SHARE = 0.25
 
 
 class PerLayerEmbedding(Part):
@@ -38,6 +42,20 @@ class PerLayerEmbedding(Part):
 
     def build(self, site: Site) -> "PerLayerInjection":
         return PerLayerInjection(self, site)
+
+    def inputs_cost(self, site: Site) -> Cost:
+        """The table, of which a token reads one row, and the projection for all layers at once."""
+        channels = site.num_layers * self.width
+        shape, used = (site.vocab_size, channels), (1, site.vocab_size)
+        table = Weight("table.weight", shape, "per-layer table", "bf16", multiplied=False, used=used)
+        projection = linear("projection", channels, site.hidden_size, "per-layer embedding", every_token=True)
+        return Cost((table,)) + projection + norm("norm", self.width)
+
+    def cost(self, site: Site) -> Cost:
+        """Of one layer."""
+        shapes = {"gate_proj": (self.width, site.hidden_size), "projection": (site.hidden_size, self.width)}
+        matrices = [linear(name, *shape, "per-layer embedding") for name, shape in shapes.items()]
+        return together([*matrices, norm("norm", site.hidden_size)])
 
 
 class MappedTable(nn.Module):

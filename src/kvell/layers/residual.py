@@ -14,6 +14,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from kvell.layers.cost import Cost, vector
 from kvell.layers.part import Part, Site
 
 
@@ -30,6 +31,12 @@ class PlainResidual(Part):
         """What opens and closes the residual of the whole model."""
         return PlainEnds()
 
+    def cost(self, site: Site) -> Cost:
+        return Cost()
+
+    def ends_cost(self, site: Site) -> Cost:
+        return Cost()
+
     def describe(self) -> str:
         return "plain residual"
 
@@ -44,6 +51,15 @@ class ScaledResidual(Part):
 
     def build_ends(self, site: Site) -> "ScaledEnds":
         return ScaledEnds(site)
+
+    def cost(self, site: Site) -> Cost:
+        return self._vectors(site, "output_scale", "residual_scale", "output_bias", "residual_bias")
+
+    def ends_cost(self, site: Site) -> Cost:
+        return self._vectors(site, "scale", "bias")
+
+    def _vectors(self, site: Site, *names: str) -> Cost:
+        return Cost(tuple(vector(name, site.hidden_size, part="connection") for name in names))
 
     def describe(self) -> str:
         return "scaled fp32 residual"

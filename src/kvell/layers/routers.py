@@ -33,6 +33,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from kvell.kernels.top_k import top_k_lowest_first
+from kvell.layers.cost import Cost, Weight, linear, norm, together, vector
 from kvell.layers.norms import RMSNorm
 from kvell.layers.part import Part, Site
 from kvell.layers.precision import KeepsFp32
@@ -50,6 +51,12 @@ def sqrt_softplus(logits: Tensor) -> Tensor:
 SCORES: dict[str, Callable[[Tensor], Tensor]] = {"sigmoid": torch.sigmoid, "sqrt_softplus": sqrt_softplus}
 
 
+def score_cost(site: Site, num_experts: int) -> Cost:
+    """A score for each expert, and the bias of the choice."""
+    bias = vector("selection_bias", num_experts, part="router", form="fp32")
+    return linear("proj", num_experts, site.hidden_size, "router", form="bf16") + Cost((bias,))
+
+
 class SigmoidRouter(Part):
     """Independent scores with a selection bias; `logit_softcap` 0 means none."""
 
@@ -59,6 +66,9 @@ class SigmoidRouter(Part):
     def build(self, site: Site, num_experts: int, top_k: int) -> nn.Module:
         return ScoreRouting(site, num_experts, top_k, SCORES["sigmoid"], self.logit_softcap)
 
+    def cost(self, site: Site, num_experts: int, top_k: int) -> Cost:
+        return score_cost(site, num_experts)
+
 
 class SqrtSoftplusRouter(Part):
     """Independent scores that are not bounded above, with a selection bias."""
@@ -67,6 +77,9 @@ class SqrtSoftplusRouter(Part):
 
     def build(self, site: Site, num_experts: int, top_k: int) -> nn.Module:
         return ScoreRouting(site, num_experts, top_k, SCORES["sqrt_softplus"])
+
+    def cost(self, site: Site, num_experts: int, top_k: int) -> Cost:
+        return score_cost(site, num_experts)
 
 
 class HashRouter(Part):
@@ -78,6 +91,13 @@ class HashRouter(Part):
     def build(self, site: Site, num_experts: int, top_k: int) -> nn.Module:
         return HashRouting(site, num_experts, top_k, SCORES[self.score])
 
+    def cost(self, site: Site, num_experts: int, top_k: int) -> Cost:
+        """The scores, and the table, of which a token reads its row."""
+        shape = (site.vocab_size, top_k)
+        used = (1, site.vocab_size)
+        table = Weight("table", shape, "router", "int64", multiplied=False, used=used, learnt=False)
+        return linear("proj", num_experts, site.hidden_size, "router", form="bf16") + Cost((table,))
+
 
 class SoftmaxRouter(Part):
     """Softmax over all experts of the normalised, scaled input."""
@@ -86,6 +106,11 @@ class SoftmaxRouter(Part):
 
     def build(self, site: Site, num_experts: int, top_k: int) -> nn.Module:
         return SoftmaxRouting(site, num_experts, top_k)
+
+    def cost(self, site: Site, num_experts: int, top_k: int) -> Cost:
+        scales = {"scale": site.hidden_size, "expert_scale": num_experts}
+        vectors = tuple(vector(name, width, part="router") for name, width in scales.items())
+        return linear("proj", num_experts, site.hidden_size, "router", form="bf16") + Cost(vectors)
 
 
 class MLPRouter(Part):
@@ -102,6 +127,21 @@ class MLPRouter(Part):
 
     def build(self, site: Site, num_experts: int, top_k: int) -> nn.Module:
         return MLPRouting(self, site, num_experts, top_k)
+
+    def classes(self, num_experts: int) -> int:
+        """What is chosen among: the experts, and none of them if there is a skip expert."""
+        return num_experts + (self.skip_expert is not None)
+
+    def cost(self, site: Site, num_experts: int, top_k: int) -> Cost:
+        """The network, and the bias of the choice."""
+        width, classes = self.hidden_size, self.classes(num_experts)
+        vectors = [vector("selection_bias", classes, part="router", form="fp32", learnt=False)]
+        if self.state_source is not None:
+            vectors.append(vector("state_scale", width, part="router"))
+        shapes = {"down_proj": (width, site.hidden_size), "fc1": (width, width), "fc2": (width, width)}
+        biased = [linear(name, *shape, "router", bias=True, form="bf16") for name, shape in shapes.items()]
+        scores = linear("out_proj", classes, width, "router", form="bf16")
+        return together([*biased, norm("norm", width), scores, Cost(tuple(vectors))])
 
 
 Router = Annotated[
@@ -190,7 +230,7 @@ class MLPRouting(KeepsFp32):
     def __init__(self, config: MLPRouter, site: Site, num_experts: int, top_k: int) -> None:
         super().__init__()
         self.config, self.index, self.top_k = config, site.index, top_k
-        width, classes = config.hidden_size, num_experts + (config.skip_expert is not None)
+        width, classes = config.hidden_size, config.classes(num_experts)
         self.down_proj = nn.Linear(site.hidden_size, width)
         if config.state_source is not None:
             self.state_scale = nn.Parameter(torch.ones(width))

@@ -1,14 +1,8 @@
-"""Bytes of a cache, from the same stream specifications that the cache allocates."""
+"""What a cache is compared with."""
 
 import torch
 
-from kvell.cache import streams_nbytes
 from kvell.config import ModelConfig
-
-
-def cache_nbytes(config: ModelConfig, tokens: int, dtype: torch.dtype, max_rewind: int = 0) -> int:
-    """Bytes one sequence of `tokens` tokens holds."""
-    return streams_nbytes(config.streams(), tokens, min(max_rewind, tokens), dtype)
 
 
 def full_attention_nbytes(config: ModelConfig, tokens: int, dtype: torch.dtype) -> int:

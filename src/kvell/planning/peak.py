@@ -1,0 +1,48 @@
+"""The working set of a prefill: what a step needs beside weights and cache.
+
+A prompt goes through in steps of MAX_STEP tokens, so most of it stops growing there. It is an estimate for Kvell's
+own kernels on a CPU, stated from what the parts say of their costs, and calibrated by measuring: the residual in a
+few copies, what goes into and out of the matrices of the widest block, and what attention makes of the rows seen.
+"""
+
+from kvell.config import ModelConfig
+from kvell.layers.cost import Weight, Work
+from kvell.model import MAX_STEP
+from kvell.planning.formats import StorageFormat
+from kvell.planning.model_cost import Block, blocks, last_writer
+
+# Copies of the residual while a block reads it and writes to it.
+RESIDUAL_COPIES = 5
+# Queries that attention works on at once.
+QUERY_BLOCK = 256
+
+
+def working_nbytes(config: ModelConfig, form: StorageFormat, tokens: int) -> int:
+    """Bytes that a prefill of `tokens` tokens needs at once, beside weights and cache."""
+    step = min(tokens, MAX_STEP)
+    streams = getattr(config.connection, "streams", 1)
+    per_token = RESIDUAL_COPIES * streams * config.hidden_size
+    if config.per_layer_embedding is not None:
+        per_token += config.num_layers * config.per_layer_embedding.width
+    last = last_writer(config)
+    widest = max(_block_numbers(block, tokens, step, last) for block in blocks(config) if block.place != "draft")
+    return (step * per_token + widest) * form.dtype.itemsize
+
+
+def _block_numbers(block: Block, tokens: int, step: int, last: int) -> int:
+    """Numbers that a block makes in a step that ends at `tokens` tokens. What the last writer makes no rows of, and
+    all behind it, is about one token and not worth counting."""
+    weights = [one for one in block.cost.weights if block.layer < last or (block.layer == last and one.every_token)]
+    works = [one for one in block.cost.works if one.reads and block.layer < last]
+    return step * _passed(weights) + max((_seen_numbers(one, tokens) for one in works), default=0)
+
+
+def _seen_numbers(work: Work, tokens: int) -> int:
+    """Of the rows that a block of queries sees: as many numbers as a query multiplies with, and a mask."""
+    rows = min(work.rows(tokens) + QUERY_BLOCK // work.stride, tokens // work.stride)
+    return rows * (work.per_row + QUERY_BLOCK)
+
+
+def _passed(weights: list[Weight]) -> int:
+    """Numbers per token that go into the matrices and come out of them."""
+    return sum(sum(weight.shape[-2:]) * weight.used[0] for weight in weights if weight.multiplied)

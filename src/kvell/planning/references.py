@@ -1,0 +1,147 @@
+"""Models to compare with, which Kvell counts but does not load: latent attention with an indexer (DeepSeek V3.2),
+grouped-query attention (Llama 3.1 8B) and multi-head attention (Llama 2 7B). Shapes: their released configs."""
+
+from collections.abc import Callable
+from typing import Any, Literal
+
+import torch
+
+from kvell.cache import StreamSpec
+from kvell.config import LayerConfig, ModelConfig
+from kvell.layers.cost import Cost, Technique, Work, linear, norm, together, vector
+from kvell.layers.experts import MixtureOfExperts
+from kvell.layers.feed_forward import GatedMLP
+from kvell.layers.grouped_query import GroupedQuery
+from kvell.layers.indexer import Indexer
+from kvell.layers.part import Part, Site
+from kvell.layers.rotary import DefaultRotary
+from kvell.layers.routers import SigmoidRouter
+
+
+class LatentAttention(Part):
+    """Multi-head latent attention (MLA; DeepSeek V2, arXiv 2405.04434) whose rows an indexer picks (DeepSeek Sparse
+    Attention; V3.2, arXiv 2512.02556): one latent row per token, of `rank` channels that are value and key at once
+    and `rotary_width` that turn. Every head asks all of it, the projection to keys and values being part of the
+    query's and the output's. It is counted, never built.
+    """
+
+    kind: Literal["latent"] = "latent"
+    num_heads: int
+    head_dim: int
+    value_dim: int
+    rotary_width: int
+    query_rank: int
+    rank: int
+    indexer: Indexer
+    kv_source: None = None
+
+    def streams(self) -> tuple[StreamSpec, ...]:
+        """A latent row and an indexer's row for every token."""
+        return StreamSpec("latent", self.rank + self.rotary_width), StreamSpec("index", self.indexer.head_dim)
+
+    def released_streams(self, index_form: Literal["fp4", "fp8"] = "fp8") -> tuple[StreamSpec, ...]:
+        """As DeepSeek's inference code stores them: FP8 with an fp32 scale per 128 channels, bf16 where it turns,
+        656 bytes; the indexer's FP8 with one scale, 132 bytes."""
+        latent = self.rank + 4 * (self.rank // 128) + 2 * self.rotary_width
+        index = self.indexer.head_dim + 4
+        return StreamSpec("latent", latent, dtype=torch.uint8), StreamSpec("index", index, dtype=torch.uint8)
+
+    def cost(self, site: Site, source: Part | None = None) -> Cost:
+        hidden, heads, indexer = site.hidden_size, self.num_heads, self.indexer
+        index_queries = indexer.num_heads * indexer.head_dim
+        costs = [
+            linear("q_a_proj", self.query_rank, hidden, "projections"),
+            norm("q_a_norm", self.query_rank),
+            linear("q_b_proj", heads * (self.head_dim + self.rotary_width), self.query_rank, "projections"),
+            linear("kv_a_proj", self.rank + self.rotary_width, hidden, "projections", every_token=True),
+            norm("kv_a_norm", self.rank),
+            linear("kv_b_proj", heads * (self.head_dim + self.value_dim), self.rank, "projections"),
+            linear("o_proj", hidden, heads * self.value_dim, "projections"),
+            linear("indexer.q_proj", index_queries, self.query_rank, "indexer"),
+            linear("indexer.k_proj", indexer.head_dim, hidden, "indexer", every_token=True),
+            linear("indexer.weights_proj", indexer.num_heads, hidden, "indexer", form="bf16"),
+            Cost(tuple(vector(f"indexer.k_norm.{name}", indexer.head_dim) for name in ("weight", "bias"))),
+        ]
+        per_row = heads * (2 * self.rank + self.rotary_width)
+        attention = Work("attention", per_row, most=indexer.top_k, reads=((site.index, "latent"),))
+        products = Work("indexer", index_queries, beyond=indexer.top_k, reads=((site.index, "index"),), form="fp8")
+        summed = Work("indexer", indexer.num_heads, beyond=indexer.top_k, form="fp32")
+        return together([*costs, Cost(works=(attention, products, summed))])
+
+    def full_attention_width(self) -> int:
+        return self.rank + self.rotary_width
+
+    def heads_of_rows(self) -> int:
+        return 1
+
+    def windowed_streams(self) -> tuple[str, ...]:
+        return ()
+
+    def without(self, technique: Technique, site: Site) -> "LatentAttention":
+        return self
+
+    def describe(self) -> dict[str, object]:
+        return {
+            "num_heads": self.num_heads,
+            "num_kv_heads": 1,
+            "head_dim": self.head_dim,
+            "sliding_window": None,
+            "kv_source": None,
+            "rotary": f"{self.rotary_width} channels",
+            "compression": f"latent of {self.rank}, top {self.indexer.top_k}",
+        }
+
+
+def deepseek_v32() -> ModelConfig:
+    attention = LatentAttention(
+        num_heads=128,
+        head_dim=128,
+        value_dim=128,
+        rotary_width=64,
+        query_rank=1536,
+        rank=512,
+        indexer=Indexer(num_heads=64, head_dim=128, top_k=2048),
+    )
+    dense = GatedMLP(intermediate_size=18432)
+    mixture = MixtureOfExperts(
+        num_experts=256,
+        top_k=8,
+        intermediate_size=2048,
+        shared_intermediate_size=2048,
+        router=SigmoidRouter(),
+        routed_scale=2.5,
+    )
+    # Constructed without validation: no registered attention is latent, and nothing here is ever built.
+    layers = tuple(
+        LayerConfig.model_construct(attention=attention, feed_forward=dense if index < 3 else mixture)  # type: ignore[arg-type]
+        for index in range(61)
+    )
+    return ModelConfig.model_construct(
+        family="deepseek_v32", vocab_size=129_280, hidden_size=7168, max_positions=163_840, layers=layers
+    )
+
+
+def llama(layers: int, hidden: int, kv_heads: int, feed_forward: int, vocab: int, positions: int) -> ModelConfig:
+    """Llama (arXiv 2307.09288, 2407.21783): heads of 128, no norms on queries and keys."""
+    attention = GroupedQuery(
+        num_heads=hidden // 128,
+        num_kv_heads=kv_heads,
+        head_dim=128,
+        rotary=DefaultRotary(theta=500_000.0),
+        query_norm=False,
+        key_norm=False,
+    )
+    layer: Any = LayerConfig(attention=attention, feed_forward=GatedMLP(intermediate_size=feed_forward))
+    return ModelConfig(vocab_size=vocab, hidden_size=hidden, max_positions=positions, layers=(layer,) * layers)
+
+
+REFERENCES: dict[str, Callable[[], ModelConfig]] = {
+    "deepseek-v3.2": deepseek_v32,
+    "llama-3.1-8b": lambda: llama(32, 4096, 8, 14_336, 128_256, 131_072),
+    "llama-2-7b": lambda: llama(32, 4096, 32, 11_008, 32_000, 4096),
+}
+
+
+def known_config(name: str) -> ModelConfig:
+    """A reference by name, or whatever ModelConfig.from_pretrained finds."""
+    return REFERENCES[name]() if name in REFERENCES else ModelConfig.from_pretrained(name)
