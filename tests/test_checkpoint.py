@@ -271,6 +271,26 @@ DAMAGES: dict[str, tuple[Callable[[Path], object], list[str]]] = {
         lambda shard: shard.with_name("model.safetensors.index.json").write_text('{"metadata": {}}'),
         ["model.safetensors.index.json", "weight_map"],
     ),
+    "an index of a list": (
+        lambda shard: shard.with_name("model.safetensors.index.json").write_text('{"weight_map": ["x"]}'),
+        ["model.safetensors.index.json", "weight_map"],
+    ),
+    "an index of nothing": (
+        lambda shard: shard.with_name("model.safetensors.index.json").write_text('{"weight_map": null}'),
+        ["model.safetensors.index.json", "weight_map"],
+    ),
+    "an index of numbers": (
+        lambda shard: shard.with_name("model.safetensors.index.json").write_text('{"weight_map": {"x": 1}}'),
+        ["model.safetensors.index.json", "weight_map"],
+    ),
+    "an index that is a list": (
+        lambda shard: shard.with_name("model.safetensors.index.json").write_text("[1]"),
+        ["model.safetensors.index.json"],
+    ),
+    "a config nested too deeply": (
+        lambda shard: shard.with_name("config.json").write_text("[" * 100_000),
+        ["config.json", "nested"],
+    ),
     "no config": (lambda shard: shard.with_name("config.json").unlink(), ["config.json"]),
     "a config that is no JSON": (
         lambda shard: shard.with_name("config.json").write_text("{'model_type': 1}"),
@@ -295,6 +315,19 @@ def test_a_damaged_checkpoint_is_refused_in_one_line_that_names_the_file(damage:
     assert "\n" not in message
     for word in [*words, str(tmp_path / "saved")]:
         assert word in message
+
+
+def test_a_tensor_in_two_shards_is_refused_with_both_files(tmp_path: Path) -> None:
+    """Also where the index knows only one of them."""
+    folder = tmp_path / "saved"
+    some_model("laguna", tmp_path).save_pretrained(folder, max_shard_bytes=20000)
+    first, second, *_ = sorted(folder.glob("model-*.safetensors"))
+    name, tensor = next(iter(load_file(first).items()))
+    save_file(load_file(second) | {name: torch.zeros_like(tensor)}, second)
+    with pytest.raises(kvell.CheckpointError) as refusal:
+        kvell.from_pretrained(folder)
+    for word in (str(first), str(second), name):
+        assert word in str(refusal.value)
 
 
 def test_a_single_file_cut_short_is_refused(tmp_path: Path) -> None:
