@@ -16,6 +16,7 @@ from test_config import MIXED
 from torch import Tensor
 
 import kvell
+from kvell.checkpoint.reading import SINGLE
 
 GEMMA_CONFIG = GEMMA4 | {"num_kv_shared_layers": 3, "layer_types": [SLIDING, SLIDING, FULL] * 2}
 LAGUNA_CONFIG = LAGUNA | {"rope_parameters": yarn(attention_factor=1.0)}
@@ -396,6 +397,75 @@ def test_a_model_can_be_saved_over_the_files_it_reads_from(family: str, max_shar
     assert index.exists() == (max_shard_bytes == 9000)
     shards = set(json.loads(index.read_text())["weight_map"].values()) if index.exists() else {"model.safetensors"}
     assert {path.name for path in folder.iterdir()} - {index.name} == {"config.json", *shards}
+
+
+class Killed(BaseException):
+    """What no handler of the library sees, as if the process were gone."""
+
+
+@pytest.mark.parametrize("config_changes", [False, True])
+@pytest.mark.parametrize("sizes", [(60000, 60000), (2**32, 60000), (60000, 2**32), (2**32, 2**32)])
+@pytest.mark.parametrize("failure", [OSError(28, "No space left on device"), Killed()])
+def test_a_save_that_fails_or_is_killed_at_any_rename_leaves_no_mixture(
+    failure: BaseException,
+    sizes: tuple[int, int],
+    config_changes: bool,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Whatever loads afterwards is all old or all new, and what is called unchanged is."""
+    some_model("laguna", tmp_path).save_pretrained(tmp_path / "old", max_shard_bytes=sizes[0])
+    model = kvell.from_pretrained(tmp_path / "old")
+    old = {name: tensor.clone() for name, tensor in model.named_tensors()}
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(1)
+    if config_changes:
+        model.config = model.config.model_copy(update={"norm_eps": 0.125})
+    new = dict(model.named_tensors())
+    replace = os.replace
+    for failing in range(100):
+        folder, renames = tmp_path / f"new-{failing}", 0
+        shutil.copytree(tmp_path / "old", folder)
+
+        def flaky(source: Path, target: Path, failing: int = failing) -> None:
+            nonlocal renames
+            renames += 1
+            if renames == failing + 1:
+                raise failure
+            replace(source, target)
+
+        monkeypatch.setattr(os, "replace", flaky)
+        message = ""
+        try:
+            model.save_pretrained(folder, max_shard_bytes=sizes[1])
+        except kvell.CheckpointError as error:
+            message = str(error)
+        except Killed:
+            message = "killed"
+        monkeypatch.undo()
+        if "unchanged" in message:
+            assert contents(folder) == contents(tmp_path / "old")
+        try:
+            loaded = kvell.from_pretrained(folder)
+        except kvell.CheckpointError:
+            assert "unchanged" not in message
+        else:
+            is_new = torch.equal(loaded.norm.weight, new["norm.weight"])
+            assert (loaded.config == model.config) == (is_new or not config_changes)
+            for name, tensor in loaded.named_tensors():
+                assert torch.equal(tensor, (new if is_new else old)[name]), name
+        model.save_pretrained(folder, max_shard_bytes=sizes[1])
+        files = {path.name for path in folder.iterdir()}
+        again = kvell.from_pretrained(folder)
+        assert torch.equal(again.norm.weight, new["norm.weight"])
+        index = folder / "model.safetensors.index.json"
+        shards = set(json.loads(index.read_text())["weight_map"].values()) if index.exists() else {SINGLE}
+        assert {name for name in files if name.endswith(".safetensors")} == shards
+        if not message:
+            assert failing >= 1
+            return
+    raise AssertionError("more renames than a save can need")
 
 
 def test_changing_a_loaded_model_does_not_change_its_files(tmp_path: Path) -> None:

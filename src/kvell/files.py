@@ -89,11 +89,16 @@ def _rank(name: str, tensor: Tensor) -> tuple[bool, int, str]:
 
 def move_in(scratch: Path, folder: Path, names: list[str]) -> None:
     """Renames finished files into their places, in this order; none if any place is taken by a directory."""
+    check_places(folder, names)
+    for name in names:
+        os.replace(scratch / name, folder / name)
+
+
+def check_places(folder: Path, names: list[str]) -> None:
+    """OSError if any of the names is a directory's, which no file can replace."""
     for name in names:
         if (folder / name).is_dir():
             raise IsADirectoryError(f"{folder / name} is a directory")
-    for name in names:
-        os.replace(scratch / name, folder / name)
 
 
 @contextmanager
