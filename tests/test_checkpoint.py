@@ -16,6 +16,7 @@ from test_config import MIXED
 from torch import Tensor
 
 import kvell
+from kvell.checkpoint.reading import SINGLE
 
 GEMMA_CONFIG = GEMMA4 | {"num_kv_shared_layers": 3, "layer_types": [SLIDING, SLIDING, FULL] * 2}
 LAGUNA_CONFIG = LAGUNA | {"rope_parameters": yarn(attention_factor=1.0)}
@@ -271,6 +272,26 @@ DAMAGES: dict[str, tuple[Callable[[Path], object], list[str]]] = {
         lambda shard: shard.with_name("model.safetensors.index.json").write_text('{"metadata": {}}'),
         ["model.safetensors.index.json", "weight_map"],
     ),
+    "an index of a list": (
+        lambda shard: shard.with_name("model.safetensors.index.json").write_text('{"weight_map": ["x"]}'),
+        ["model.safetensors.index.json", "weight_map"],
+    ),
+    "an index of nothing": (
+        lambda shard: shard.with_name("model.safetensors.index.json").write_text('{"weight_map": null}'),
+        ["model.safetensors.index.json", "weight_map"],
+    ),
+    "an index of numbers": (
+        lambda shard: shard.with_name("model.safetensors.index.json").write_text('{"weight_map": {"x": 1}}'),
+        ["model.safetensors.index.json", "weight_map"],
+    ),
+    "an index that is a list": (
+        lambda shard: shard.with_name("model.safetensors.index.json").write_text("[1]"),
+        ["model.safetensors.index.json"],
+    ),
+    "a config nested too deeply": (
+        lambda shard: shard.with_name("config.json").write_text("[" * 100_000),
+        ["config.json", "nested"],
+    ),
     "no config": (lambda shard: shard.with_name("config.json").unlink(), ["config.json"]),
     "a config that is no JSON": (
         lambda shard: shard.with_name("config.json").write_text("{'model_type': 1}"),
@@ -295,6 +316,19 @@ def test_a_damaged_checkpoint_is_refused_in_one_line_that_names_the_file(damage:
     assert "\n" not in message
     for word in [*words, str(tmp_path / "saved")]:
         assert word in message
+
+
+def test_a_tensor_in_two_shards_is_refused_with_both_files(tmp_path: Path) -> None:
+    """Also where the index knows only one of them."""
+    folder = tmp_path / "saved"
+    some_model("laguna", tmp_path).save_pretrained(folder, max_shard_bytes=20000)
+    first, second, *_ = sorted(folder.glob("model-*.safetensors"))
+    name, tensor = next(iter(load_file(first).items()))
+    save_file(load_file(second) | {name: torch.zeros_like(tensor)}, second)
+    with pytest.raises(kvell.CheckpointError) as refusal:
+        kvell.from_pretrained(folder)
+    for word in (str(first), str(second), name):
+        assert word in str(refusal.value)
 
 
 def test_a_single_file_cut_short_is_refused(tmp_path: Path) -> None:
@@ -363,6 +397,75 @@ def test_a_model_can_be_saved_over_the_files_it_reads_from(family: str, max_shar
     assert index.exists() == (max_shard_bytes == 9000)
     shards = set(json.loads(index.read_text())["weight_map"].values()) if index.exists() else {"model.safetensors"}
     assert {path.name for path in folder.iterdir()} - {index.name} == {"config.json", *shards}
+
+
+class Killed(BaseException):
+    """What no handler of the library sees, as if the process were gone."""
+
+
+@pytest.mark.parametrize("config_changes", [False, True])
+@pytest.mark.parametrize("sizes", [(60000, 60000), (2**32, 60000), (60000, 2**32), (2**32, 2**32)])
+@pytest.mark.parametrize("failure", [OSError(28, "No space left on device"), Killed()])
+def test_a_save_that_fails_or_is_killed_at_any_rename_leaves_no_mixture(
+    failure: BaseException,
+    sizes: tuple[int, int],
+    config_changes: bool,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Whatever loads afterwards is all old or all new, and what is called unchanged is."""
+    some_model("laguna", tmp_path).save_pretrained(tmp_path / "old", max_shard_bytes=sizes[0])
+    model = kvell.from_pretrained(tmp_path / "old")
+    old = {name: tensor.clone() for name, tensor in model.named_tensors()}
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(1)
+    if config_changes:
+        model.config = model.config.model_copy(update={"norm_eps": 0.125})
+    new = dict(model.named_tensors())
+    replace = os.replace
+    for failing in range(100):
+        folder, renames = tmp_path / f"new-{failing}", 0
+        shutil.copytree(tmp_path / "old", folder)
+
+        def flaky(source: Path, target: Path, failing: int = failing) -> None:
+            nonlocal renames
+            renames += 1
+            if renames == failing + 1:
+                raise failure
+            replace(source, target)
+
+        monkeypatch.setattr(os, "replace", flaky)
+        message = ""
+        try:
+            model.save_pretrained(folder, max_shard_bytes=sizes[1])
+        except kvell.CheckpointError as error:
+            message = str(error)
+        except Killed:
+            message = "killed"
+        monkeypatch.undo()
+        if "unchanged" in message:
+            assert contents(folder) == contents(tmp_path / "old")
+        try:
+            loaded = kvell.from_pretrained(folder)
+        except kvell.CheckpointError:
+            assert "unchanged" not in message
+        else:
+            is_new = torch.equal(loaded.norm.weight, new["norm.weight"])
+            assert (loaded.config == model.config) == (is_new or not config_changes)
+            for name, tensor in loaded.named_tensors():
+                assert torch.equal(tensor, (new if is_new else old)[name]), name
+        model.save_pretrained(folder, max_shard_bytes=sizes[1])
+        files = {path.name for path in folder.iterdir()}
+        again = kvell.from_pretrained(folder)
+        assert torch.equal(again.norm.weight, new["norm.weight"])
+        index = folder / "model.safetensors.index.json"
+        shards = set(json.loads(index.read_text())["weight_map"].values()) if index.exists() else {SINGLE}
+        assert {name for name in files if name.endswith(".safetensors")} == shards
+        if not message:
+            assert failing >= 1
+            return
+    raise AssertionError("more renames than a save can need")
 
 
 def test_changing_a_loaded_model_does_not_change_its_files(tmp_path: Path) -> None:

@@ -417,3 +417,12 @@ def test_an_empty_prompt_is_refused(capsys: pytest.CaptureFixture[str], tmp_path
     for arguments in (["--prompt", ""], ["--prompt-file", str(tmp_path / "empty")]):
         assert main(["generate", *arguments]) == 1
         assert capsys.readouterr().err == "error: the prompt is empty: a model continues at least one character\n"
+
+
+@pytest.mark.parametrize("options", [[], ["--json"]])
+def test_a_full_disk_under_the_output_is_one_line(options: list[str], directory: Path) -> None:
+    with open("/dev/full", "wb") as full:
+        process = start(endless(directory), *ENDLESS[:-1], "5", *options, stdout=full)
+        _, err = process.communicate(timeout=60)
+    assert process.returncode == 1
+    assert re.fullmatch(rb"error: the output cannot be written: [^\n]*No space left on device\n", err)

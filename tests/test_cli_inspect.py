@@ -1,6 +1,9 @@
 """`kvell inspect`: what it says of a model, and how it refuses."""
 
 import json
+import re
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -112,3 +115,13 @@ def test_zaya_is_resolved_layer_by_layer(capsys: pytest.CaptureFixture[str]) -> 
         "query_key": (1280, 2),
         "delayed_value": (128, 1),
     }
+
+
+@pytest.mark.parametrize("arguments", [["gemma-4-e2b"], ["gemma-4-e2b", "--json"], ["--help"]])
+def test_a_full_disk_under_the_output_is_one_line(arguments: list[str]) -> None:
+    with open("/dev/full", "wb") as full:
+        done = subprocess.run(
+            [sys.executable, "-m", "kvell", "inspect", *arguments], stdout=full, stderr=subprocess.PIPE, check=False
+        )
+    assert done.returncode == 1
+    assert re.fullmatch(rb"error: the output cannot be written: [^\n]*No space left on device\n", done.stderr)

@@ -174,9 +174,10 @@ def test_a_damaged_tokenizer_is_named(tmp_path: Path, content: str) -> None:
         Tokenizer.from_pretrained(tmp_path)
 
 
-def test_a_damaged_tokenizer_config_is_named(tmp_path: Path) -> None:
-    saved(byte_level_backend(), tmp_path).joinpath("tokenizer_config.json").write_text("{")
-    with pytest.raises(CheckpointError, match=r"tokenizer_config\.json is not JSON"):
+@pytest.mark.parametrize("content", ["{", "[]", "null", "[" * 100_000])
+def test_a_damaged_tokenizer_config_is_named(content: str, tmp_path: Path) -> None:
+    saved(byte_level_backend(), tmp_path).joinpath("tokenizer_config.json").write_text(content)
+    with pytest.raises(CheckpointError, match=r"tokenizer_config\.json"):
         Tokenizer.from_pretrained(tmp_path)
 
 

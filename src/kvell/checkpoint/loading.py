@@ -13,8 +13,9 @@ from kvell.checkpoint.quantised import FLOATS, QuantisedFiles
 from kvell.checkpoint.reading import TensorFiles
 from kvell.config import ModelConfig
 from kvell.errors import CheckpointError, InputError
-from kvell.families import FAMILIES, Placement, Placements, locate, read_config, read_json
+from kvell.families import FAMILIES, Placement, Placements, locate, read_config
 from kvell.families.family import Family
+from kvell.files import read_json
 from kvell.layers.per_layer_embedding import MAPPED_SHARE, MappedTable
 from kvell.model import Decoder
 

@@ -3,7 +3,6 @@
 A tensor that is asked for is a view of its file: its bytes come off the disk when they are first used.
 """
 
-import json
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +10,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from kvell.errors import CheckpointError
+from kvell.files import read_json
 
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 
@@ -28,10 +28,7 @@ class TensorFiles:
                 raise CheckpointError(f"{folder} holds neither {SINGLE} nor {INDEX}")
             self._files = dict.fromkeys(self._open(single), single)
             return
-        try:
-            named: dict[str, str] = json.loads((folder / INDEX).read_text())["weight_map"]
-        except (OSError, ValueError, KeyError, TypeError) as error:
-            raise CheckpointError(f"{folder / INDEX} cannot be read: {error!r}") from None
+        named = _weight_map(folder / INDEX)
         for shard in sorted(set(named.values())):
             file = folder / shard
             if not file.is_file():
@@ -40,6 +37,8 @@ class TensorFiles:
             wanted = {name for name, where in named.items() if where == shard}
             if absent := sorted(wanted - here):
                 raise CheckpointError(f"{file} does not hold {absent[0]}, which {INDEX} places there")
+            if twice := sorted(here & self._files.keys()):
+                raise CheckpointError(f"{file} and {self._files[twice[0]]} both hold {twice[0]}")
             self._files |= dict.fromkeys(here, file)
 
     def names(self) -> list[str]:
@@ -60,3 +59,11 @@ class TensorFiles:
         except (SafetensorError, OSError) as error:
             raise CheckpointError(f"{file} is damaged or cut short: {error}") from None
         return set(self._opened[file].keys())
+
+
+def _weight_map(index: Path) -> dict[str, str]:
+    """By tensor, the shard that an index places it in."""
+    named = read_json(index).get("weight_map")
+    if not isinstance(named, dict) or not named or not all(isinstance(shard, str) for shard in named.values()):
+        raise CheckpointError(f"{index} has no weight_map of tensors to the names of their files")
+    return named

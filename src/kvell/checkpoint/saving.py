@@ -1,7 +1,10 @@
 """Weights out: a released family's own format where the config still fits it, else Kvell's."""
 
+import itertools
 import json
+import os
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -10,10 +13,12 @@ from torch import Tensor
 from kvell.checkpoint.loading import native_placements
 from kvell.checkpoint.reading import INDEX, SINGLE
 from kvell.config import ModelConfig
-from kvell.errors import ConfigError
+from kvell.errors import CheckpointError, ConfigError
 from kvell.families import FAMILIES, Placement, Placements, parse_config
-from kvell.files import beside, move_in, save_to
+from kvell.files import beside, check_places, save_to
 from kvell.model import Decoder
+
+CONFIG = "config.json"
 
 
 def save_pretrained(model: Decoder, folder: Path, max_shard_bytes: int) -> None:
@@ -25,8 +30,8 @@ def save_pretrained(model: Decoder, folder: Path, max_shard_bytes: int) -> None:
     values["dtype"] = str(model.dtype).removeprefix("torch.")
     tensors = dict(model.named_tensors())
     shards = list(_shards(tensors, placements, max_shard_bytes))
-    names = [SINGLE] if len(shards) == 1 else [_shard_name(i, len(shards)) for i in range(len(shards))]
     with beside(folder) as scratch:
+        names = [SINGLE] if len(shards) == 1 else _free_names(folder, len(shards))
         for name, shard in zip(names, shards, strict=True):
             pieces = {theirs: place.of(tensors[place.parameter]) for theirs, place in shard.items()}
             save_to(scratch / name, pieces, {"format": "pt"})
@@ -35,12 +40,51 @@ def save_pretrained(model: Decoder, folder: Path, max_shard_bytes: int) -> None:
             weight_map = {theirs: name for name, shard in zip(names, shards, strict=True) for theirs in shard}
             index = {"metadata": {"total_size": total}, "weight_map": weight_map}
             (scratch / INDEX).write_text(json.dumps(index, indent=2))
-            names.append(INDEX)
-        (scratch / "config.json").write_text(json.dumps(values, indent=2) + "\n")
-        move_in(scratch, folder, [*names, "config.json"])
-        for stale in [*folder.glob("model-*-of-*.safetensors"), folder / INDEX, folder / SINGLE]:
-            if stale.name not in names:
-                stale.unlink(missing_ok=True)
+        (scratch / CONFIG).write_text(json.dumps(values, indent=2) + "\n")
+        _move_in(scratch, folder, names)
+
+
+def _move_in(scratch: Path, folder: Path, names: list[str]) -> None:
+    """Puts a finished model into its folder so that whatever loads, at any moment, is all old or all new.
+
+    New shards have names of their own: up to here nothing reads them. One rename makes them the model's, that of the
+    index or the single file. Where the config changes with it, the old one goes first and the new one comes last: in
+    between, the folder does not load.
+    """
+    head, shards = (SINGLE, []) if names == [SINGLE] else (INDEX, names)
+    check_places(folder, [*names, head, CONFIG])
+    config = folder / CONFIG
+    changes = not config.exists() or config.read_bytes() != (scratch / CONFIG).read_bytes()
+    former = scratch / f"former-{CONFIG}"
+    try:
+        for name in shards:
+            os.replace(scratch / name, folder / name)
+        if changes and config.exists():
+            os.replace(config, former)
+        os.replace(scratch / head, folder / head)
+    except OSError:
+        with _half_saved(folder):
+            if former.exists():
+                os.replace(former, config)
+            for name in shards:
+                (folder / name).unlink(missing_ok=True)
+        raise
+    with _half_saved(folder):
+        (folder / (SINGLE if head == INDEX else INDEX)).unlink(missing_ok=True)
+        if changes:
+            os.replace(scratch / CONFIG, config)
+        for stale in folder.glob("model-*-of-*.safetensors"):
+            if stale.name not in names and stale.is_file():
+                stale.unlink()
+
+
+@contextmanager
+def _half_saved(folder: Path) -> Iterator[None]:
+    """What a failure is where something has been put into its place already."""
+    try:
+        yield
+    except OSError as error:
+        raise CheckpointError(f"{folder} is only half saved: {error}; save again") from None
 
 
 def released_form(config: ModelConfig) -> tuple[dict[str, Any], Placements] | None:
@@ -79,5 +123,11 @@ def _nbytes(tensors: dict[str, Tensor], place: Placement) -> int:
     return place.of(tensors[place.parameter]).nbytes
 
 
-def _shard_name(index: int, count: int) -> str:
-    return f"model-{index + 1:05d}-of-{count:05d}.safetensors"
+def _free_names(folder: Path, count: int) -> list[str]:
+    """Names for so many shards, none of which the folder has yet."""
+    for generation in itertools.count(1):
+        mark = "" if generation == 1 else f"-{generation}"
+        names = [f"model-{index:05d}-of-{count:05d}{mark}.safetensors" for index in range(1, count + 1)]
+        if not any((folder / name).exists() for name in names):
+            return names
+    raise AssertionError("there is always a free name")

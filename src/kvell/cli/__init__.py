@@ -58,7 +58,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
         except typer.TyperException as error:
             return console.fail(error.format_message(), code=error.exit_code)
         except BrokenPipeError:
-            return console.leave_broken_pipe()
+            console.drop_stdout()
+            return 1
+        except OSError as error:  # stdout's: what concerns a user's files is a KvellError
+            console.drop_stdout()
+            return console.fail(f"the output cannot be written: {error}", code=1)
         except KeyboardInterrupt:
             return 130
     return code or 0

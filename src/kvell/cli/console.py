@@ -44,11 +44,10 @@ def show_warning(
     print(f"warning: {_one_line(str(message))}", file=file or sys.stderr)
 
 
-def leave_broken_pipe() -> int:
-    """Ends quietly when the reader of stdout has gone (`kvell ... | head`), and returns the exit code."""
+def drop_stdout() -> None:
+    """Gives up on stdout, whose reader has gone (`kvell ... | head`) or whose disk is full."""
     # The interpreter flushes stdout once more on its way out, which must not fail again.
     os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-    return 1
 
 
 @contextmanager

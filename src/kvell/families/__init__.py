@@ -12,6 +12,7 @@ from kvell.config_file import read_config_file
 from kvell.errors import CheckpointError, ConfigError
 from kvell.families import deepseek_v4, gemma4, laguna, zaya
 from kvell.families.family import Family, Placement, Placements
+from kvell.files import read_json
 
 FAMILIES: dict[str, Family] = {
     family.name: family for family in (gemma4.FAMILY, laguna.FAMILY, zaya.FAMILY, deepseek_v4.FAMILY)
@@ -90,18 +91,6 @@ def locate(path: str | Path, patterns: list[str]) -> Path:
         ) from None
 
 
-def read_json(file: Path) -> dict[str, Any]:
-    try:
-        values = json.loads(file.read_text())
-    except FileNotFoundError:
-        raise CheckpointError(f"no such file: {file}") from None
-    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
-        raise CheckpointError(f"{file} cannot be read: {error}") from None
-    if not isinstance(values, dict):
-        raise CheckpointError(f"{file} holds no JSON object")
-    return values
-
-
 __all__ = [
     "FAMILIES",
     "Family",
@@ -111,5 +100,4 @@ __all__ = [
     "locate",
     "parse_config",
     "read_config",
-    "read_json",
 ]

@@ -8,6 +8,7 @@ import tokenizers
 from tokenizers import decoders
 
 from kvell.errors import CheckpointError, InputError
+from kvell.files import read_json
 
 
 class Tokenizer:
@@ -86,10 +87,7 @@ def _bos_token_id(path: Path, backend: tokenizers.Tokenizer) -> int | None:
     """The token a tokenizer_config.json puts before every text, None where it asks for none."""
     if not path.is_file():
         return None
-    try:
-        config = json.loads(path.read_text("utf-8"))
-    except ValueError as error:
-        raise CheckpointError(f"{path} is not JSON: {error}") from error
+    config = read_json(path)
     if not config.get("add_bos_token"):
         return None
     token = config.get("bos_token")
