@@ -139,8 +139,8 @@ def _past_and_present(
 def _banded(
     q: Float[Tensor, "B H n D"], k: Float[Tensor, "B K S D"], v: Float[Tensor, "B K S D"], scale: float, window: int
 ) -> Float[Tensor, "B H n D"]:
-    """Queries in blocks that all see as many rows, one call for all of them; the rest, at the sequence's beginning and
-    the step's end, by itself."""
+    """Queries in blocks that all see as many rows, in one call; the rest, at the sequence's beginning and the step's
+    end, by itself."""
     count, total = q.shape[2], k.shape[2]
     block = min(max(window, SMALLEST_BLOCK), QUERY_BLOCK)
     reach = block + window - 1  # the rows that a block's queries see

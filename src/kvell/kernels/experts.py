@@ -24,10 +24,8 @@ def experts(
     unit: Callable[[Tensor, Tensor], Tensor],
 ) -> Float[Tensor, "T C"]:
     """The weighted sum of each token's chosen experts; `gate_up` stacks gate rows over up rows."""
-    if reference_wanted():
-        run = experts_reference
-    else:
-        run = experts_of_one_token if len(x) == 1 else experts_grouped
+    fast = experts_of_one_token if len(x) == 1 else experts_grouped
+    run = experts_reference if reference_wanted() else fast
     return run(x, weights, chosen, gate_up, down, unit)
 
 

@@ -84,13 +84,13 @@ def hyper_read_by_columns(
     streams = h.shape[1]
     flat = h.flatten(1).float()
     shrink = (flat.square().mean(1, keepdim=True) + norm_eps).rsqrt()
-    factors = torch.cat(
-        [factor.expand(n) for factor, n in zip(scale, (streams, streams, streams**2), strict=True)]
-    )
+    factors = torch.cat([factor.expand(n) for factor, n in zip(scale, (streams, streams, streams**2), strict=True)])
     numbers = torch.addcmul(base, F.linear(flat, weight) * shrink, factors)
     gates, mix = numbers[:, : 2 * streams].sigmoid(), numbers[:, 2 * streams :]
     if iterations is not None:
-        mix = _sinkhorn_by_columns(mix.T.contiguous().unflatten(0, (streams, streams)), iterations, eps).flatten(0, 1).T
+        mix = (
+            _sinkhorn_by_columns(mix.T.contiguous().unflatten(0, (streams, streams)), iterations, eps).flatten(0, 1).T
+        )
     return collapse(gates[:, :streams] + eps, h), 2 * gates[:, streams:], mix.unflatten(1, (streams, streams))
 
 

@@ -23,8 +23,8 @@ class RMSNorm(nn.Module):
         weight = self.weight
         if x.dtype == torch.float32 and (weight is None or weight.dtype == torch.float32):
             return nn.functional.rms_norm(x, (self.width,), weight, self.eps)
-        weight = None if weight is None else weight.float()
-        return nn.functional.rms_norm(x.float(), (self.width,), weight, self.eps).to(x.dtype)
+        wide = None if weight is None else weight.float()
+        return nn.functional.rms_norm(x.float(), (self.width,), wide, self.eps).to(x.dtype)
 
     def extra_repr(self) -> str:
         return f"{self.width}, eps={self.eps}, weighted={self.weight is not None}"
