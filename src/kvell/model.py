@@ -20,6 +20,7 @@ from kvell.cache import Cache, StreamSpecs
 from kvell.config import ModelConfig
 from kvell.draft import DraftBlock
 from kvell.errors import CacheError, InputError
+from kvell.kernels.heap import keep_freed_memory
 from kvell.layer import Layer
 from kvell.layers.norms import RMSNorm
 from kvell.layers.per_layer_embedding import MappedTable
@@ -114,6 +115,8 @@ class Decoder(nn.Module):
         lengths = list(counts) if counts is not None else [tokens.shape[1]] * tokens.shape[0]
         self._check_cache(cache, lengths, self._streams)
         self._warn_of_length(lengths, cache)
+        if self.device.type == "cpu":
+            keep_freed_memory()
         recorded = torch.is_grad_enabled() and cache is None
         with torch.set_grad_enabled(recorded):
             if recorded or observed is not None or sum(lengths) <= MAX_STEP:
