@@ -39,6 +39,7 @@ from kvell.training.parallel import Processes
 from kvell.training.settings import TrainingConfig, differences
 
 CONFIG, METRICS, CHECKPOINTS, PROGRESS = "training.json", "metrics.jsonl", "checkpoints", "progress.json"
+EVALUATION = "evaluation.json"
 
 
 @dataclass
@@ -49,7 +50,6 @@ class Progress:
     tokens: int = 0
     best: float | None = None
     since_best: int = 0
-    finished: bool = False
 
 
 class Run:
@@ -75,11 +75,13 @@ class Run:
             return found[-1]
         self.processes.wait()
         if self.processes.is_first:
-            for stale in (self.folder / CHECKPOINTS, self.folder / METRICS):
-                shutil.rmtree(stale) if stale.is_dir() else stale.unlink(missing_ok=True)
-            with beside(self.folder) as scratch:
-                (scratch / CONFIG).write_text(self.config.model_dump_json(indent=2) + "\n")
-                move_in(scratch, self.folder, [CONFIG])
+            try:
+                for stale in (CHECKPOINTS, METRICS, EVALUATION):
+                    path = self.folder / stale
+                    shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
+            except OSError as error:
+                raise CheckpointError(f"{self.folder} cannot be made ready for a run: {error}") from None
+            self._write(CONFIG, self.config.model_dump_json(indent=2) + "\n")
         self.processes.wait()
         return None
 
@@ -154,9 +156,21 @@ class Run:
 
     def write_evaluation(self, figures: dict[str, Any]) -> None:
         if self.processes.is_first:
-            with beside(self.folder) as scratch:
-                (scratch / "evaluation.json").write_text(json.dumps(figures, indent=2) + "\n")
-                move_in(scratch, self.folder, ["evaluation.json"])
+            self._write(EVALUATION, json.dumps(figures, indent=2) + "\n")
+
+    def evaluation(self) -> dict[str, Any] | None:
+        """What a run that is over left as its last; None without one. CheckpointError for one that is damaged."""
+        file = self.folder / EVALUATION
+        try:
+            figures: dict[str, Any] | None = json.loads(file.read_text()) if file.exists() else None
+        except (OSError, ValueError) as error:
+            raise CheckpointError(f"{file} cannot be read: {error}; without it the model is evaluated again") from None
+        return figures
+
+    def _write(self, name: str, text: str) -> None:
+        with beside(self.folder) as scratch:
+            (scratch / name).write_text(text)
+            move_in(scratch, self.folder, [name])
 
     def _forget_metrics_after(self, step: int) -> None:
         """Steps that will be done again are recorded again."""
@@ -167,9 +181,7 @@ class Run:
         kept = [line for line in lines if _is_up_to(line, step)]
         if kept == lines:
             return
-        with beside(self.folder) as scratch:
-            (scratch / METRICS).write_text("".join(f"{line}\n" for line in kept))
-            move_in(scratch, self.folder, [METRICS])
+        self._write(METRICS, "".join(f"{line}\n" for line in kept))
 
 
 def state_of(model: Decoder, optimizers: list[Optimizer]) -> dict[str, Any]:
