@@ -5,6 +5,7 @@ goes on as if it had not been: model, optimizers and random state come from the 
 """
 
 import time
+import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,7 +20,7 @@ from kvell.checkpoint.loading import available_device
 from kvell.errors import InputError, KvellError
 from kvell.model import Decoder
 from kvell.training.batches import MicroBatch, steps_of
-from kvell.training.corpus import Corpus, read_corpus
+from kvell.training.corpus import Corpus, read_corpus, unread
 from kvell.training.evaluation import evaluate_tasks, evaluate_texts
 from kvell.training.losses import Totals, step_loss
 from kvell.training.optimizers import optimizers, quiet_start, rate, rebalance, set_rates
@@ -85,8 +86,11 @@ class Training:
             processes.mine(range(stage.micro_batches))
         self.folder = Run(Path(config.out), config, processes)
         corpus = read_corpus(config.data, skip_bad)
+        if corpus.unreadable and processes.is_first:
+            warnings.warn(f"left out: {unread(corpus.unreadable)}", stacklevel=2)
         checkpoint = self.folder.begin(fresh)
         self.tokenizer = self._make_tokenizer(corpus)
+        self.folder.hold_to(corpus.digests(), self.tokenizer, goes_on=checkpoint is not None)
         self.bos = self.tokenizer.token_to_id(BOS)
         self.training, self.held_out = (self._ids_of(part) for part in (corpus.training, corpus.held_out))
         torch.manual_seed(config.seed)
