@@ -70,7 +70,9 @@ STEPS = 20
 
 @pytest.fixture(scope="module")
 def texts(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("texts")
+    # A name of its own: which files are held out goes by their names, the folder's included.
+    folder = tmp_path_factory.mktemp("corpus") / "texts"
+    folder.mkdir()
     library = Path(sysconfig.get_path("stdlib"))
     for name in ("bisect", "cmd", "colorsys", "contextlib", "copy", "glob", "heapq", "hmac"):
         (folder / f"{name}.txt").write_bytes((library / f"{name}.py").read_bytes())
@@ -271,7 +273,7 @@ def test_patience_ends_a_run_and_keeps_the_best_model(
     figures = iter([3.0, 2.5, 2.6, 2.7, 2.0])
     embeddings = []
 
-    def evaluate(model: kvell.Decoder, *_: Any) -> dict[str, Any]:
+    def evaluate(model: kvell.Decoder, *_: Any, **__: Any) -> dict[str, Any]:
         embeddings.append(model.embedding.weight.detach().clone())
         return {"bits_per_byte": next(figures)}
 
@@ -288,7 +290,10 @@ def test_any_mix_of_techniques_goes_on_as_if_it_had_not_been_killed(
     """Every two techniques stand together in one of these: four steps, and three of which the last is lost."""
     changes = {
         "model": {**json.loads(config.to_json()), "vocab_size": 320},
-        "data": {"sources": [{"kind": "files", "paths": [str(texts / "bisect.txt"), str(texts / "hmac.txt")]}]},
+        "data": {
+            "sources": [{"kind": "files", "paths": [str(texts / "bisect.txt"), str(texts / "hmac.txt")]}],
+            "held_out": 0,
+        },
         "stages": [{"steps": 4, "length": 64, "tokens": 128}],
         "losses": {"index": 0.1, "balance": 0.01, "bias_rate": 0.01, "draft": 0.3},
         "checkpoints": {"every": 2},
@@ -456,7 +461,10 @@ def test_a_compiled_run_goes_on_as_if_it_had_not_been_killed_and_follows_the_pla
     stage = {"length": 40, "micro_batches": 2}
     changes = {
         "model": COMPILED,
-        "data": {"sources": [{"kind": "files", "paths": [str(texts / "bisect.txt"), str(texts / "hmac.txt")]}]},
+        "data": {
+            "sources": [{"kind": "files", "paths": [str(texts / "bisect.txt"), str(texts / "hmac.txt")]}],
+            "held_out": 0,
+        },
         "stages": [{"steps": 2, "tokens": 96, **stage}, {"steps": 2, "tokens": 128, **stage}],
         "optimizer": ADAMW,
         "checkpoints": {"every": 2},

@@ -10,7 +10,9 @@ import typer
 from kvell.cli import console
 
 if TYPE_CHECKING:
-    pass
+    from kvell.training.loop import Outcome
+
+INTERRUPTED = 130  # what shells give for a process that Ctrl-C ended
 
 
 def train(
@@ -26,8 +28,9 @@ def train(
 ) -> None:
     """Train a model, or go on with a run that was stopped.
 
-    The same command goes on where the run's last checkpoint stands. SIGTERM lets the step finish, saves, and ends
-    with exit code 0. Under torchrun the run is divided over its processes.
+    The same command goes on where the run's last checkpoint stands. SIGTERM and Ctrl-C let the step finish, save, and
+    end with exit code 0 and 130; a second Ctrl-C ends at once. Under torchrun the run is divided over its processes;
+    torchrun itself then ends with exit code 1 and a traceback of its own, though all is saved.
     """
     from kvell.training.loop import train as run
     from kvell.training.settings import TrainingConfig
@@ -37,13 +40,18 @@ def train(
     is_first = os.environ.get("RANK", "0") == "0"
     with console.training_progress(settings.steps, shown=is_first) as on_step:
         outcome = run(settings, skip_bad=skip_bad, fresh=fresh, on_step=on_step)
-    if not is_first:
-        return
+    if is_first:
+        _report(outcome, settings.steps, as_json)
+    if outcome.reason == "interrupted":
+        raise typer.Exit(INTERRUPTED)
+
+
+def _report(outcome: "Outcome", steps: int, as_json: bool) -> None:
     if as_json:
         described = {"reason": outcome.reason, "step": outcome.step, "folder": str(outcome.folder)}
         print(json.dumps({**described, "evaluation": outcome.evaluation}, indent=2))
         return
-    print(f"{outcome.reason} after step {outcome.step} of {settings.steps}: {outcome.folder}", file=sys.stderr)
+    print(f"{outcome.reason} after step {outcome.step} of {steps}: {outcome.folder}", file=sys.stderr)
     if (held_out := outcome.evaluation.get("held_out")) is not None:
         print(f"held-out text: {held_out['bits_per_byte']:.4f} bits per byte", file=sys.stderr)
     for name, figures in outcome.evaluation.get("tasks", {}).items():

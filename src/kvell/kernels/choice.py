@@ -11,10 +11,9 @@ references in a block of code:
 interpreter (TRITON_INTERPRET=1, set before Triton is first imported). Kernels without one run their fast version.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
-from functools import cache
 from importlib.util import find_spec
 from typing import Literal
 
@@ -24,6 +23,8 @@ from torch import Tensor
 from kvell.errors import InputError
 
 Version = Literal["fast", "reference", "triton"]
+
+_TRITON_INSTALLED = find_spec("triton") is not None
 
 _version: ContextVar[Version] = ContextVar("kvell_kernel_version", default="fast")
 
@@ -42,14 +43,22 @@ def use(version: Version) -> Iterator[None]:
         _version.reset(token)
 
 
+def _chosen() -> Version:
+    return _version.get()
+
+
+# What torch.compile has compiled keeps the version that was chosen when it was compiled.
+chosen: Callable[[], Version] = torch.compiler.assume_constant_result(_chosen)
+
+
 def reference_wanted() -> bool:
-    return _version.get() == "reference"
+    return chosen() == "reference"
 
 
 def triton_wanted(tensor: Tensor) -> bool:
     """Whether a kernel that has a Triton version runs it on `tensor` and others like it. InputError where
     `use("triton")` demands what cannot be."""
-    version = _version.get()
+    version = chosen()
     if version == "reference":
         return False
     if version == "fast":
@@ -64,9 +73,8 @@ def triton_wanted(tensor: Tensor) -> bool:
     return True
 
 
-@cache
 def triton_installed() -> bool:
-    return find_spec("triton") is not None
+    return _TRITON_INSTALLED
 
 
 def _interpreted() -> bool:

@@ -3,8 +3,8 @@
 glibc takes blocks above a threshold from the system and gives them back as soon as they are freed, so every new
 intermediate result of a long step costs page faults: on a virtual machine ten times the arithmetic of a norm over
 2,048 tokens of 256 channels. The threshold starts at 128 KiB and rises, up to 32 MiB, to the largest block that was
-freed so far (mallopt(3), M_MMAP_THRESHOLD). Freeing one large block, never touched, is all that it takes for the memory
-of one result to serve the next. At most twice that block's size stays with the process.
+freed so far (mallopt(3), M_MMAP_THRESHOLD). Freeing one large block, never touched, is all that it takes for the
+memory of one result to serve the next. At most twice that block's size stays with the process.
 """
 
 from functools import cache

@@ -2,8 +2,9 @@
 
 import ast
 import hashlib
+import os
 import sysconfig
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -24,30 +25,39 @@ class Document:
 
 @dataclass(frozen=True)
 class Corpus:
-    """Documents to learn from, and those held out; `unreadable` are the files that were left out."""
+    """Documents to learn from, and those held out; `unreadable` are the files and folders that were left out."""
 
     training: list[Document]
     held_out: list[Document]
     unreadable: list[str]
 
+    def digests(self) -> dict[str, str]:
+        """Every document's name, in their order, and a hash of its text; of all its texts, if it is there twice."""
+        found: dict[str, str] = {}
+        for document in [*self.training, *self.held_out]:
+            found[document.name] = digest(found.get(document.name, "") + document.text)
+        return found
+
 
 def read_corpus(data: Data, skip_bad: bool = False) -> Corpus:
     """Every source's documents. InputError, naming and counting them, for files that are no UTF-8 text or cannot be
-    read, unless they are to be skipped; and for a corpus without a text."""
+    read and for folders that cannot be listed, unless they are to be skipped; and for a corpus without a text."""
     documents: list[Document] = []
     unreadable: list[str] = []
     for source in data.sources:
-        for name, file in _files(source):
+        for name, file in _files(source, unreadable):
             try:
+                if not file.is_file():  # reading a pipe or a device might never end
+                    unreadable.append(f"{file} ({'not a file' if file.exists() else 'a broken link'})")
+                    continue
                 text = file.read_bytes().decode("utf-8")
             except (OSError, UnicodeDecodeError) as error:
                 reason = "not UTF-8" if isinstance(error, UnicodeDecodeError) else error.strerror or str(error)
-                unreadable.append(f"{name} ({reason})")
+                unreadable.append(f"{file} ({reason})")
                 continue
             documents += [document for document in _documents(source, name, text) if document.text.strip()]
     if unreadable and not skip_bad:
-        shown = ", ".join(unreadable[:5]) + (", ..." if len(unreadable) > 5 else "")
-        raise InputError(f"{len(unreadable)} files cannot be read as text: {shown}; --skip-bad leaves them out")
+        raise InputError(f"{unread(unreadable)}; --skip-bad leaves them out")
     held_out = [document for document in documents if _is_held_out(document, data.held_out)]
     training = [document for document in documents if not _is_held_out(document, data.held_out)]
     if not training:
@@ -55,20 +65,46 @@ def read_corpus(data: Data, skip_bad: bool = False) -> Corpus:
     return Corpus(training, held_out, unreadable)
 
 
-def _files(source: Source) -> Iterator[tuple[str, Path]]:
-    """A source's files, sorted, by the name their documents get."""
+def digest(text: str) -> str:
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+def unread(names: Sequence[str]) -> str:
+    return f"{len(names)} {'file' if len(names) == 1 else 'files'} cannot be read as text: {shown(names)}"
+
+
+def shown(names: Sequence[str]) -> str:
+    """The first few of many names."""
+    return ", ".join(names[:5]) + (", ..." if len(names) > 5 else "")
+
+
+def _files(source: Source, unreadable: list[str]) -> Iterator[tuple[str, Path]]:
+    """A source's files, sorted, by the name their documents get. Folders that cannot be listed are added to
+    `unreadable`."""
     if isinstance(source, StandardLibrary):
         root = Path(sysconfig.get_path("stdlib"))
-        for file in sorted(root.rglob("*.py")):
+        for file in _found(root, "*.py", unreadable):
             relative = file.relative_to(root)
             if not LEFT_OUT & set(relative.parts) and not file.name.startswith("_sysconfigdata"):
                 yield relative.as_posix(), file
         return
     for path in map(Path, source.paths):
-        if not path.exists():
+        if not os.path.lexists(path):
             raise InputError(f"data.sources: there is no {path}")
-        found = sorted(file for file in path.rglob(source.pattern) if file.is_file()) if path.is_dir() else [path]
-        yield from ((file.as_posix(), file) for file in found)
+        found = _found(path, source.pattern, unreadable) if os.path.isdir(path) else [path]
+        # Wherever a folder is kept, its files have the same names, and the same of them are held out.
+        yield from ((file.relative_to(path.parent).as_posix(), file) for file in found)
+
+
+def _found(root: Path, pattern: str, unreadable: list[str]) -> list[Path]:
+    """What a folder holds under names that match, at any depth; links to folders are not followed."""
+
+    def note(error: OSError) -> None:
+        unreadable.append(f"{error.filename} ({error.strerror})")
+
+    walked = os.walk(root, onerror=note)
+    files = [Path(folder, name) for folder, _, names in walked for name in names]
+    return sorted(file for file in files if file.relative_to(root).match(pattern))
 
 
 def _documents(source: Source, name: str, text: str) -> Iterator[Document]:

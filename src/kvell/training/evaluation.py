@@ -2,7 +2,7 @@
 
 import math
 import random
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from itertools import pairwise
 from typing import Any
@@ -37,15 +37,25 @@ def nats_of(model: Decoder, ids: Sequence[int] | NDArray[np.int32]) -> Tensor:
     return torch.cat(chunks).double()
 
 
+def nothing() -> None:
+    pass
+
+
 def evaluate_texts(
-    model: Decoder, documents: Sequence[TokenDocument], length: int | None = None, tokens: int | None = None
+    model: Decoder,
+    documents: Sequence[TokenDocument],
+    length: int | None = None,
+    tokens: int | None = None,
+    before_each: Callable[[], None] = nothing,
 ) -> dict[str, Any]:
     """Bits per byte over documents, each cut at `length`, until `tokens` have been seen; nats a token by position.
 
-    A document that is cut counts with the share of its bytes that its share of tokens stands for.
+    A document that is cut counts with the share of its bytes that its share of tokens stands for. `before_each` is
+    called before every document, and may raise to end it.
     """
     nats, nbytes, seen = [], 0.0, 0
     for document in documents:
+        before_each()
         if tokens is not None and seen >= tokens:
             break
         ids = document.ids[:length]
@@ -75,6 +85,7 @@ def evaluate_tasks(
     encode: Encode,
     bos: int | None,
     seed: int,
+    before_each: Callable[[], None] = nothing,
 ) -> dict[str, Any]:
     """For every task and length how many of the drawn cases are solved, and the answers' accuracy by distance."""
     figures = {}
@@ -82,7 +93,10 @@ def evaluate_tasks(
         for length in settings.lengths:
             rng = random.Random(f"{seed} evaluation {number} {length}")
             cases = [drawn(task, length, documents, encode, bos, rng) for _ in range(settings.cases)]
-            right = [right_answers(model, case) for case in cases]
+            right = []
+            for case in cases:
+                before_each()
+                right.append(right_answers(model, case))
             shares = accuracy_by_distance(model, cases, [0, *(2**power for power in range(8, 21, 2))], right)
             figures[f"{task.kind} at {length}"] = {
                 "cases": len(cases),

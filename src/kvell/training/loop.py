@@ -4,14 +4,11 @@ Everything that decides what a step does is a function of the config and the ste
 goes on as if it had not been: model, optimizers and random state come from the checkpoint, the data from the step.
 """
 
-import signal
-import threading
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+import warnings
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from types import FrameType
 from typing import Any
 
 import tokenizers
@@ -24,13 +21,14 @@ from kvell.errors import InputError, KvellError
 from kvell.model import Decoder
 from kvell.training.batches import MicroBatch, steps_of
 from kvell.training.compiling import compile_parts
-from kvell.training.corpus import Corpus, read_corpus
+from kvell.training.corpus import Corpus, read_corpus, unread
 from kvell.training.evaluation import evaluate_tasks, evaluate_texts
 from kvell.training.losses import Totals, step_loss
 from kvell.training.optimizers import optimizers, quiet_start, rate, rebalance, set_rates
 from kvell.training.parallel import Processes, clip
 from kvell.training.run import Progress, Run
 from kvell.training.settings import NewTokenizer, TrainingConfig
+from kvell.training.stopping import StoppedError, StopRequest, stop_requests
 from kvell.training.tokens import BOS, EOS, TokenDocument, read_tokenizer, tokenise, train_tokenizer
 from kvell.training.trackers import Tracker, open_trackers
 
@@ -51,7 +49,8 @@ class StepReport:
 
 @dataclass(frozen=True)
 class Outcome:
-    """How a run ended: `finished`, `stopped` by a signal, or `patience` exhausted; and its last evaluation."""
+    """How a run ended: `finished`, `stopped` by SIGTERM, `interrupted` by Ctrl-C, or `patience` exhausted; and what
+    evaluation.json holds of one that is over."""
 
     reason: str
     step: int
@@ -65,14 +64,16 @@ Watcher = Callable[[StepReport], None]
 def train(
     config: TrainingConfig, *, skip_bad: bool = False, fresh: bool = False, on_step: Watcher = lambda report: None
 ) -> Outcome:
-    """Trains, or goes on where the folder's last checkpoint stands, until the steps are done or SIGTERM comes, which
-    lets the step finish and saves. InputError, ConfigError or CheckpointError for what cannot be begun; TrainingError
-    for a loss that is no number: the last good checkpoint stays."""
+    """Trains, or goes on where the folder's last checkpoint stands, until the steps are done or SIGTERM or Ctrl-C
+    comes, which lets the step finish and saves; a second Ctrl-C ends it at once. InputError, ConfigError or
+    CheckpointError for what cannot be begun; TrainingError for a loss that is no number: the last good checkpoint
+    stays."""
     if config.threads is not None:
         torch.set_num_threads(config.threads)
     processes = Processes.of(available_device(config.device))
     try:
-        return Training(config, processes, skip_bad, fresh).run(on_step)
+        with stop_requests() as stop:
+            return Training(config, processes, skip_bad, fresh).run(on_step, stop)
     finally:
         processes.leave()
 
@@ -86,8 +87,11 @@ class Training:
             processes.mine(range(stage.micro_batches))
         self.folder = Run(Path(config.out), config, processes)
         corpus = read_corpus(config.data, skip_bad)
+        if corpus.unreadable and processes.is_first:
+            warnings.warn(f"left out: {unread(corpus.unreadable)}", stacklevel=2)
         checkpoint = self.folder.begin(fresh)
         self.tokenizer = self._make_tokenizer(corpus)
+        self.folder.hold_to(corpus.digests(), self.tokenizer, goes_on=checkpoint is not None)
         self.bos = self.tokenizer.token_to_id(BOS)
         self.training, self.held_out = (self._ids_of(part) for part in (corpus.training, corpus.held_out))
         torch.manual_seed(config.seed)
@@ -98,37 +102,52 @@ class Training:
         self.parameters = [parameter for parameter in self.model.parameters() if parameter.requires_grad]
         self.optimizers = optimizers(self.model, config.optimizer)
         self.progress = Progress()
+        self.saved_step = 0  # before the first step there is nothing to save
         if checkpoint is not None:
             self.progress = self.folder.load(checkpoint, self.model, self.optimizers)
+            self.saved_step = self.progress.step
 
-    def run(self, on_step: Watcher) -> Outcome:
-        config, progress = self.config, self.progress
-        if progress.finished:
-            return Outcome("finished", progress.step, Path(config.out), {})
+    def run(self, on_step: Watcher, stop: StopRequest | None = None) -> Outcome:
+        config, progress, stop = self.config, self.progress, stop or StopRequest()
+        done = self.folder.evaluation()
+        if self._is_over and done is not None:
+            return Outcome(self._why_over, progress.step, Path(config.out), done)
         trackers = open_trackers(config.trackers, Path(config.out)) if self.processes.is_first else []
         steps = steps_of(
             config.stages, self.training, config.data.tasks, self._encode, self.bos, config.seed, progress.step
         )
-        started, seen, reason = time.perf_counter(), 0, "finished"
-        with stop_requests() as stop:
-            for step in steps:
-                figures = self._step(step)
-                seen += int(figures["tokens"])
-                progress.step += 1
-                progress.tokens += int(figures["tokens"])
-                speed = seen / (time.perf_counter() - started)
-                figures = {"step": progress.step, **figures, "tokens_per_second": speed}
-                self._log(figures, trackers)
-                on_step(StepReport(progress.step, config.steps, figures["loss"], speed))
-                if self._is_due(config.evaluation.every) and self._evaluate(trackers):
-                    reason = "patience"
-                    break
-                if self.processes.any(stop.is_set()):
-                    reason = "stopped"
-                    break
-                if self._is_due(config.checkpoints.every):
-                    self.folder.save(self.model, self.optimizers, progress)
-        return self._end(reason, trackers)
+        started, seen = time.perf_counter(), 0
+        while (reason := self._reason(stop)) is None:
+            figures = self._step(next(steps))
+            seen += int(figures["tokens"])
+            progress.step += 1
+            progress.tokens += int(figures["tokens"])
+            speed = seen / (time.perf_counter() - started)
+            figures = {"step": progress.step, **figures, "tokens_per_second": speed}
+            self._log(figures, trackers)
+            on_step(StepReport(progress.step, config.steps, figures["loss"], speed))
+            if self._is_due(config.evaluation.every) or (self._is_over and config.evaluation.patience is not None):
+                self._evaluate(trackers)
+            if self._is_due(config.checkpoints.every):
+                self._save()
+        return self._end(reason, trackers, stop)
+
+    @property
+    def _is_over(self) -> bool:
+        """Whether there is no step left to do."""
+        patience = self.config.evaluation.patience
+        exhausted = patience is not None and self.progress.since_best >= patience
+        return exhausted or self.progress.step == self.config.steps
+
+    @property
+    def _why_over(self) -> str:
+        return "finished" if self.progress.step == self.config.steps else "patience"
+
+    def _reason(self, stop: StopRequest) -> str | None:
+        """Why the run ends before its next step, if it does."""
+        if self._is_over:
+            return self._why_over
+        return stop.reason if self.processes.any(stop.is_set) else None
 
     def _step(self, step: list[MicroBatch]) -> dict[str, float]:
         """One step of the optimizers; the figures of it."""
@@ -149,6 +168,7 @@ class Training:
             for layer, load in made.expert_loads.items():
                 loads[layer] = loads.get(layer, torch.zeros_like(load)) + load
         loss = self.processes.total(loss)
+        parts, loads = self.processes.totals(parts), self.processes.totals(loads)
         for parameter in self.parameters:  # what took no part in the loss has a state in the optimizer all the same
             if parameter.grad is None:
                 parameter.grad = torch.zeros_like(parameter)
@@ -158,10 +178,8 @@ class Training:
             optimizer.step()
             optimizer.zero_grad()
         if config.losses.bias_rate:
-            rebalance(
-                self.model, {n: self.processes.total(load) for n, load in loads.items()}, config.losses.bias_rate
-            )
-        figures = {name: float(self.processes.total(part)) for name, part in parts.items()}
+            rebalance(self.model, loads, config.losses.bias_rate)
+        figures = {name: float(part) for name, part in parts.items()}
         return {"loss": float(loss), **figures, "gradient_norm": float(norm), "rate": share, "tokens": totals.tokens}
 
     def _check_finite(self, step: list[MicroBatch], loss: float, norm: float) -> None:
@@ -179,11 +197,11 @@ class Training:
     def _is_due(self, every: int) -> bool:
         return self.progress.step % every == 0 and self.progress.step < self.config.steps
 
-    def _evaluate(self, trackers: list[Tracker]) -> bool:
-        """Records an evaluation; whether patience is exhausted."""
+    def _evaluate(self, trackers: list[Tracker]) -> None:
+        """Records an evaluation. Where patience is set, the best model so far stands in the folder."""
         settings, progress = self.config.evaluation, self.progress
         if not self.held_out:
-            return False
+            return
         figures = evaluate_texts(self.model, self.held_out, settings.length, settings.tokens)
         bits = figures["bits_per_byte"]
         self._log({"step": progress.step, "held_out": figures}, [])
@@ -195,32 +213,53 @@ class Training:
                 self.folder.export(self.model, self.tokenizer)
         else:
             progress.since_best += 1
-        return settings.patience is not None and progress.since_best >= settings.patience
 
-    def _end(self, reason: str, trackers: list[Tracker]) -> Outcome:
-        """Saves; a run that is over also leaves its model, and what that is worth."""
-        config, folder = self.config, Path(self.config.out)
-        self.progress.finished = reason != "stopped"
+    def _save(self) -> None:
         self.folder.save(self.model, self.optimizers, self.progress)
+        self.saved_step = self.progress.step
+
+    def _end(self, reason: str, trackers: list[Tracker], stop: StopRequest) -> Outcome:
+        """Saves; a run that is over also leaves its model, and what that is worth.
+
+        evaluation.json is written last: a run that ends before it stands does this again when it goes on.
+        """
+        config, folder = self.config, Path(self.config.out)
+        if self.saved_step != self.progress.step:
+            self._save()
         for tracker in trackers:
             tracker.close()
-        if reason == "stopped":
+        if not self._is_over:
             return Outcome(reason, self.progress.step, folder, {})
-        if reason != "patience":  # else the best model is there already
+        if config.evaluation.patience is None or self.progress.best is None:  # else the best model is there already
             self.folder.export(self.model, self.tokenizer)
         self.processes.leave()
         if not self.processes.is_first:
             return Outcome(reason, self.progress.step, folder, {})
-        model = from_pretrained(folder, dtype=torch.float32, device=self.processes.device)
-        figures: dict[str, Any] = {"steps": self.progress.step, "tokens": self.progress.tokens}
-        if self.held_out:
-            figures["held_out"] = evaluate_texts(model, self.held_out)
-        if config.evaluation.tasks:
-            figures["tasks"] = evaluate_tasks(
-                model, config.evaluation, self.held_out or self.training, self._encode, self.bos, config.seed
-            )
+        try:
+            figures = self._final_figures(stop)
+        except StoppedError:
+            return Outcome(stop.reason, self.progress.step, folder, {})
         self.folder.write_evaluation(figures)
         return Outcome(reason, self.progress.step, folder, figures)
+
+    def _final_figures(self, stop: StopRequest) -> dict[str, Any]:
+        """What the model in the folder is worth. StoppedError where that is asked for meanwhile."""
+        config = self.config
+        model = from_pretrained(config.out, dtype=torch.float32, device=self.processes.device)
+        figures: dict[str, Any] = {"steps": self.progress.step, "tokens": self.progress.tokens}
+        if self.held_out:
+            figures["held_out"] = evaluate_texts(model, self.held_out, before_each=stop.check)
+        if config.evaluation.tasks:
+            figures["tasks"] = evaluate_tasks(
+                model,
+                config.evaluation,
+                self.held_out or self.training,
+                self._encode,
+                self.bos,
+                config.seed,
+                before_each=stop.check,
+            )
+        return figures
 
     def _log(self, values: dict[str, Any], trackers: list[Tracker]) -> None:
         self.folder.record(values)
@@ -257,21 +296,3 @@ class Training:
     def _encode(self, text: str) -> list[int]:
         ids: list[int] = self.tokenizer.encode(text, add_special_tokens=False).ids
         return ids
-
-
-@contextmanager
-def stop_requests() -> Iterator[threading.Event]:
-    """An event that SIGTERM sets, instead of ending the process at once. Only a main thread may listen."""
-    asked = threading.Event()
-    if threading.current_thread() is not threading.main_thread():
-        yield asked
-        return
-
-    def ask(number: int, frame: FrameType | None) -> None:
-        asked.set()
-
-    before = signal.signal(signal.SIGTERM, ask)
-    try:
-        yield asked
-    finally:
-        signal.signal(signal.SIGTERM, before)

@@ -7,9 +7,9 @@ weights, not the step. Processes divide a step's micro-batches among them, so a 
 
 import os
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -20,6 +20,8 @@ from torch.distributed.tensor import DTensor
 
 from kvell.errors import InputError
 from kvell.model import Decoder
+
+Name = TypeVar("Name", str, int)
 
 
 @dataclass(frozen=True)
@@ -58,8 +60,11 @@ class Processes:
         whole = {parameter for parameter in model.parameters() if not parameter.requires_grad}
         # FSDP warns of views that are then changed in place, which nothing here does.
         warnings.filterwarnings("ignore", r"FSDP2-wrapped module .* returned a view tensor")
+        # Hooks run in their order: these come before FSDP's own, which take the gathered weights away.
         for layer in model.layers:
+            layer.register_forward_hook(lambda layer, _, made: reached(made, layer.parameters()))
             fully_shard(layer, mesh=self.mesh, ignored_params=whole)
+        model.register_forward_hook(lambda model, _, made: reached(made, outside_layers(model)))
         fully_shard(model, mesh=self.mesh, ignored_params=whole)
         register_fsdp_forward_method(model, "draft")
 
@@ -78,6 +83,18 @@ class Processes:
             dist.all_reduce(values)
         return values
 
+    def totals(self, values: Mapping[Name, Tensor]) -> dict[Name, Tensor]:
+        """The sums over all processes, name by name: a process that lacks a name adds nothing to it."""
+        if self.mesh is None:
+            return dict(values)
+        gathered: list[dict[Name, Tensor]] = [{} for _ in range(self.count)]
+        dist.all_gather_object(gathered, {name: value.cpu() for name, value in values.items()})
+        sums: dict[Name, Tensor] = {}
+        for each in gathered:
+            for name, value in each.items():
+                sums[name] = sums[name] + value if name in sums else value
+        return {name: value.to(self.device) for name, value in sums.items()}
+
     def any(self, here: bool) -> bool:
         """Whether it is so on any process: what all of them are then to act on, in the same step."""
         return bool(self.total(torch.tensor(float(here), device=self.device)))
@@ -91,6 +108,22 @@ class Processes:
         """Ends working together; each goes on alone."""
         if dist.is_initialized():
             dist.destroy_process_group()
+
+
+def outside_layers(model: nn.Module) -> Iterator[nn.Parameter]:
+    return (parameter for name, parameter in model.named_parameters() if not name.startswith("layers."))
+
+
+def reached(made: Any, parameters: Iterable[nn.Parameter]) -> Any:
+    """What a module made, unchanged, with every parameter taking part in it.
+
+    FSDP2 sums the gradients of a unit in one piece, and every process must have the same ones; but a piece of text
+    shorter than a compressor's ratio completes no entry, and leaves that compressor's parameters without a gradient.
+    """
+    if not torch.is_grad_enabled():
+        return made
+    nothing = sum(0 * parameter.sum() for parameter in parameters if parameter.requires_grad)
+    return (made[0] + nothing, *made[1:]) if isinstance(made, tuple) else made + nothing
 
 
 def whole(tensor: Tensor) -> Tensor:

@@ -1,6 +1,7 @@
 """A run's folder: its checkpoints, its metrics, and the model that comes out.
 
     training.json                the resolved config
+    inputs.json                  what the tokenizer and every document were, by their hashes
     metrics.jsonl                one line a step, one an evaluation
     checkpoints/step-00000200/   what a run needs to go on (torch.distributed.checkpoint, any number of processes)
     config.json, model.safetensors, tokenizer.json, evaluation.json        a model like any other, and its figures
@@ -35,10 +36,12 @@ from torch.optim import Optimizer
 from kvell.errors import CheckpointError, InputError
 from kvell.files import beside, move_in
 from kvell.model import Decoder
+from kvell.training.corpus import digest, shown
 from kvell.training.parallel import Processes
 from kvell.training.settings import TrainingConfig, differences
 
 CONFIG, METRICS, CHECKPOINTS, PROGRESS = "training.json", "metrics.jsonl", "checkpoints", "progress.json"
+INPUTS, EVALUATION = "inputs.json", "evaluation.json"
 
 
 @dataclass
@@ -49,7 +52,6 @@ class Progress:
     tokens: int = 0
     best: float | None = None
     since_best: int = 0
-    finished: bool = False
 
 
 class Run:
@@ -75,13 +77,34 @@ class Run:
             return found[-1]
         self.processes.wait()
         if self.processes.is_first:
-            for stale in (self.folder / CHECKPOINTS, self.folder / METRICS):
-                shutil.rmtree(stale) if stale.is_dir() else stale.unlink(missing_ok=True)
-            with beside(self.folder) as scratch:
-                (scratch / CONFIG).write_text(self.config.model_dump_json(indent=2) + "\n")
-                move_in(scratch, self.folder, [CONFIG])
+            try:
+                for stale in (CHECKPOINTS, METRICS, EVALUATION):
+                    path = self.folder / stale
+                    shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
+            except OSError as error:
+                raise CheckpointError(f"{self.folder} cannot be made ready for a run: {error}") from None
+            self._write(CONFIG, self.config.model_dump_json(indent=2) + "\n")
         self.processes.wait()
         return None
+
+    def hold_to(self, digests: dict[str, str], tokenizer: tokenizers.Tokenizer, goes_on: bool) -> None:
+        """Keeps what a new run learns from, or demands that it is the same still: InputError, with what differs."""
+        inputs = {"tokenizer": digest(tokenizer.to_str()), "documents": digests}
+        if goes_on:
+            try:
+                begun = json.loads((self.folder / INPUTS).read_text())
+                documents, same_tokenizer = begun["documents"], begun["tokenizer"] == inputs["tokenizer"]
+                changed = changes(dict(documents), digests)
+            except (OSError, ValueError, KeyError, TypeError) as error:
+                raise CheckpointError(f"{self.folder / INPUTS} cannot be read: {error}") from None
+            if changed or not same_tokenizer:
+                what = "; ".join(changed or ["the tokenizer is another"])
+                raise InputError(
+                    f"{self.folder} holds a run on other texts: {what}; bring them back, give another --out, or "
+                    "discard that run with --fresh"
+                )
+        elif self.processes.is_first:
+            self._write(INPUTS, json.dumps(inputs, indent=0) + "\n")
 
     def checkpoints(self) -> list[Path]:
         """The whole ones, oldest first."""
@@ -154,9 +177,23 @@ class Run:
 
     def write_evaluation(self, figures: dict[str, Any]) -> None:
         if self.processes.is_first:
-            with beside(self.folder) as scratch:
-                (scratch / "evaluation.json").write_text(json.dumps(figures, indent=2) + "\n")
-                move_in(scratch, self.folder, ["evaluation.json"])
+            self._write(EVALUATION, json.dumps(figures, indent=2) + "\n")
+
+    def evaluation(self) -> dict[str, Any] | None:
+        """What a run that is over left as its last; None without one. CheckpointError for one that is damaged."""
+        file = self.folder / EVALUATION
+        try:
+            figures: dict[str, Any] | None = json.loads(file.read_text()) if file.exists() else None
+        except (OSError, ValueError) as error:
+            raise CheckpointError(
+                f"{file} cannot be read: {error}; without it the model is evaluated again"
+            ) from None
+        return figures
+
+    def _write(self, name: str, text: str) -> None:
+        with beside(self.folder) as scratch:
+            (scratch / name).write_text(text)
+            move_in(scratch, self.folder, [name])
 
     def _forget_metrics_after(self, step: int) -> None:
         """Steps that will be done again are recorded again."""
@@ -167,9 +204,7 @@ class Run:
         kept = [line for line in lines if _is_up_to(line, step)]
         if kept == lines:
             return
-        with beside(self.folder) as scratch:
-            (scratch / METRICS).write_text("".join(f"{line}\n" for line in kept))
-            move_in(scratch, self.folder, [METRICS])
+        self._write(METRICS, "".join(f"{line}\n" for line in kept))
 
 
 def state_of(model: Decoder, optimizers: list[Optimizer]) -> dict[str, Any]:
@@ -178,6 +213,17 @@ def state_of(model: Decoder, optimizers: list[Optimizer]) -> dict[str, Any]:
         "optimizer": get_optimizer_state_dict(model, optimizers),
         "rng": torch.get_rng_state(),
     }
+
+
+def changes(before: dict[str, str], now: dict[str, str]) -> list[str]:
+    """What became of documents, in words."""
+    found = {
+        "changed": [name for name in before if name in now and before[name] != now[name]],
+        "gone": [name for name in before if name not in now],
+        "new": [name for name in now if name not in before],
+    }
+    words = [f"{len(names)} {what} ({shown(names)})" for what, names in found.items() if names]
+    return words or (["in another order"] if list(before) != list(now) else [])
 
 
 def _is_up_to(line: str, step: int) -> bool:

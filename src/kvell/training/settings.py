@@ -11,6 +11,7 @@ from pydantic import (
     PositiveFloat,
     PositiveInt,
     ValidationError,
+    field_validator,
     model_validator,
 )
 
@@ -34,11 +35,24 @@ class StandardLibrary(Part):
 
 
 class TextFiles(Part):
-    """Files, and folders searched for files whose name matches `pattern`."""
+    """Files, and folders searched at every depth for files whose name matches `pattern`.
+
+    Relative paths are seen from where the run is started. `pattern` may name folders, as in "src/*.py"; links to
+    folders are not followed.
+    """
 
     kind: Literal["files"] = "files"
     paths: tuple[str, ...]
     pattern: str = "*.txt"
+
+    @field_validator("pattern")
+    @classmethod
+    def _names_files(cls, pattern: str) -> str:
+        if not pattern or pattern.startswith("/") or "**" in pattern:
+            raise ValueError(
+                f"{pattern!r}: the end of a path, such as '*.txt' or 'src/*.py', searched at every depth"
+            )
+        return pattern
 
 
 Source = Annotated[StandardLibrary | TextFiles, Field(discriminator="kind")]

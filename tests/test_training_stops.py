@@ -1,0 +1,195 @@
+"""How training runs end and go on: killed at their end, stopped by signals, on inputs that changed meanwhile."""
+
+import json
+import os
+import signal
+from pathlib import Path
+from typing import Any
+
+import pytest
+from test_training import ADAMW, config_file, in_processes, losses, metrics, run_values, texts
+
+import kvell
+from kvell import cli
+from kvell.training import loop
+from kvell.training.run import Run
+from kvell.training.settings import TrainingConfig
+
+__all__ = ["texts"]
+
+HCA = {
+    "kind": "compressed",
+    "num_heads": 2,
+    "head_dim": 8,
+    "sliding_window": 8,
+    "rotary": {"kind": "default", "theta": 100.0},
+    "rotary_width": 4,
+    "query_rank": 8,
+    "output_rank": 8,
+    "compressor": {"ratio": 64},
+}
+SMALL = {
+    "vocab_size": 320,
+    "hidden_size": 16,
+    "max_positions": 512,
+    "tied_head": True,
+    "layers": [{"attention": HCA, "feed_forward": {"kind": "gated_mlp", "intermediate_size": 24}}],
+}
+PASSKEY = {"task": {"kind": "passkey"}, "share": 0.3, "shortest": 100}
+
+
+def small_values(texts: Path, out: Path, **changes: Any) -> dict[str, Any]:
+    """Six steps of a layer, evaluated at the end."""
+    values = {
+        "model": SMALL,
+        "stages": [{"steps": 6, "length": 128, "tokens": 256, "micro_batches": 2}],
+        "evaluation": {"tasks": [{"kind": "passkey"}], "cases": 2, "lengths": [128]},
+        "checkpoints": {"every": 4},
+        "optimizer": ADAMW,
+    }
+    return run_values(texts, out, **{**values, **changes})
+
+
+def small(texts: Path, out: Path, **changes: Any) -> TrainingConfig:
+    return TrainingConfig.read(config_file(out.parent, small_values(texts, out, **changes)))
+
+
+def signal_at(step: int, number: int) -> loop.Watcher:
+    return lambda report: os.kill(os.getpid(), number) if report.step == step else None
+
+
+@pytest.fixture(scope="module")
+def small_run(texts: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    out = tmp_path_factory.mktemp("small") / "run"
+    loop.train(small(texts, out))
+    return out
+
+
+def evaluation(out: Path) -> Any:
+    return json.loads((out / "evaluation.json").read_text())
+
+
+@pytest.mark.parametrize("ending", ["export", "write_evaluation"])
+def test_a_run_killed_behind_its_last_step_leaves_its_model_when_it_goes_on(
+    ending: str, texts: Path, small_run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def die(*_: Any) -> None:
+        raise SystemExit
+
+    with monkeypatch.context() as patched:
+        patched.setattr(Run, ending, die)
+        with pytest.raises(SystemExit):
+            loop.train(small(texts, tmp_path / "run"))
+    assert [path.name for path in (tmp_path / "run" / "checkpoints").iterdir()] == ["step-00000006"]
+    outcome = loop.train(small(texts, tmp_path / "run"))
+    assert (outcome.reason, outcome.evaluation) == ("finished", evaluation(small_run))
+    assert kvell.from_pretrained(tmp_path / "run").fingerprint() == kvell.from_pretrained(small_run).fingerprint()
+
+
+def test_a_signal_in_the_last_evaluation_stops_it_and_it_is_done_again(
+    texts: Path, small_run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    evaluate = loop.evaluate_texts
+
+    def interrupted(*given: Any, **named: Any) -> dict[str, Any]:
+        os.kill(os.getpid(), signal.SIGTERM)
+        return evaluate(*given, **named)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(loop, "evaluate_texts", interrupted)
+        outcome = loop.train(small(texts, tmp_path / "run"))
+    assert (outcome.reason, outcome.step) == ("stopped", 6)
+    assert not (tmp_path / "run" / "evaluation.json").exists()
+    assert loop.train(small(texts, tmp_path / "run")).reason == "finished"
+    assert evaluation(tmp_path / "run") == evaluation(small_run)
+
+
+def test_a_signal_before_the_first_step_stops_a_run_that_then_goes_on(
+    texts: Path, small_run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    read = loop.read_corpus
+
+    def interrupted(*given: Any) -> Any:
+        os.kill(os.getpid(), signal.SIGTERM)
+        return read(*given)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(loop, "read_corpus", interrupted)
+        outcome = loop.train(small(texts, tmp_path / "run"))
+    assert (outcome.reason, outcome.step) == ("stopped", 0)
+    loop.train(small(texts, tmp_path / "run"))
+    assert metrics(tmp_path / "run") == metrics(small_run)
+
+
+def test_ctrl_c_finishes_the_step_saves_and_says_so(
+    texts: Path, small_run: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    file = config_file(tmp_path, small_values(texts, tmp_path / "run"))
+    log = loop.Training._log
+
+    def interrupted(training: loop.Training, values: dict[str, Any], trackers: list[Any]) -> None:
+        log(training, values, trackers)
+        if values["step"] == 3:
+            os.kill(os.getpid(), signal.SIGINT)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(loop.Training, "_log", interrupted)
+        assert cli.main(["train", str(file)]) == 130
+    assert "interrupted after step 3 of 6" in capfd.readouterr().err.splitlines()[-1]
+    assert len(losses(tmp_path / "run")) == 3
+    assert cli.main(["train", str(file)]) == 0
+    assert metrics(tmp_path / "run") == metrics(small_run)
+
+
+def test_a_second_ctrl_c_ends_a_run_at_once(texts: Path, tmp_path: Path) -> None:
+    def twice(report: loop.StepReport) -> None:
+        for _ in range(2):
+            os.kill(os.getpid(), signal.SIGINT)
+
+    with pytest.raises(KeyboardInterrupt):
+        loop.train(small(texts, tmp_path / "run"), on_step=twice)
+
+
+def test_a_finished_run_says_again_what_its_model_is_worth(
+    texts: Path, small_run: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    file = config_file(small_run.parent, small_values(texts, small_run))
+    assert cli.main(["train", str(file), "--json"]) == 0
+    assert json.loads(capfd.readouterr().out)["evaluation"] == evaluation(small_run)
+
+
+def test_patience_that_lasts_leaves_the_best_model_too(
+    texts: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    figures, embeddings = iter([3.0, 2.5, 2.6]), []
+
+    def evaluate(model: kvell.Decoder, *_: Any, **named: Any) -> dict[str, Any]:
+        embeddings.append(model.embedding.weight.detach().clone())
+        return {"bits_per_byte": next(figures, 9.0)}
+
+    monkeypatch.setattr(loop, "evaluate_texts", evaluate)
+    outcome = loop.train(small(texts, tmp_path / "run", evaluation={"every": 2, "patience": 2}))
+    assert (outcome.reason, outcome.step) == ("finished", 6)
+    best = dict(kvell.from_pretrained(tmp_path / "run").named_tensors())["embedding.weight"]
+    assert best.equal(embeddings[1])
+    assert not best.equal(embeddings[2])
+
+
+def test_processes_with_pieces_too_short_for_any_entry_equal_one(texts: Path, tmp_path: Path) -> None:
+    """Some micro-batches complete a compressor's window of 64 tokens and some do not; all parameters are reduced."""
+    folder = tmp_path / "texts"
+    folder.mkdir()
+    source = (texts / "cmd.txt").read_text()
+    for number in range(40):
+        (folder / f"{number}.txt").write_text(source[60 * number : 60 * number + 60])
+    data = {"sources": [{"kind": "files", "paths": [str(folder)]}], "held_out": 0, "tasks": [PASSKEY]}
+    runs = {}
+    for count in (1, 2):
+        out = tmp_path / f"{count}" / "run"
+        file = config_file(out.parent, small_values(texts, out, data=data, evaluation={}))
+        if count == 1:
+            loop.train(TrainingConfig.read(file))
+        else:
+            in_processes(file, count)
+        runs[count] = losses(out)
+    assert runs[2] == pytest.approx(runs[1], abs=1e-5)
