@@ -36,16 +36,16 @@ def test_the_longest_context_fits_when_it_is_allocated_and_one_block_more_does_n
     family: str, batch_size: int
 ) -> None:
     config = parse_config(FAMILIES[family])
-    memory = 24 * MIB
+    memory = 48 * MIB
     context = context_that_fits(config, memory, batch_size, "float32")
     assert held_by(config, context, batch_size) <= memory < held_by(config, context + 64, batch_size)
 
 
 def test_the_largest_batch_fits_when_it_is_allocated_and_one_more_does_not() -> None:
     config = parse_config(LAGUNA)
-    batch = batch_that_fits(config, 24 * MIB, 1000, "float32")
+    batch = batch_that_fits(config, 48 * MIB, 1000, "float32")
     assert batch > 1
-    assert held_by(config, 1000, batch) <= 24 * MIB < held_by(config, 1000, batch + 1)
+    assert held_by(config, 1000, batch) <= 48 * MIB < held_by(config, 1000, batch + 1)
 
 
 def test_a_memory_too_small_for_the_weights_says_by_how_much() -> None:

@@ -15,6 +15,8 @@ from kvell.planning.model_cost import Block, blocks, last_writer
 RESIDUAL_COPIES = 5
 # Queries that attention works on at once.
 QUERY_BLOCK = 256
+# Bytes of freed results that lie between results in use, in a process that keeps them (kernels/heap.py).
+FREED_NBYTES = 24 * 2**20
 
 
 def working_nbytes(config: ModelConfig, form: StorageFormat, tokens: int) -> int:
@@ -26,7 +28,7 @@ def working_nbytes(config: ModelConfig, form: StorageFormat, tokens: int) -> int
         per_token += config.num_layers * config.per_layer_embedding.width
     last = last_writer(config)
     widest = max(_block_numbers(block, tokens, step, last) for block in blocks(config) if block.place != "draft")
-    return (step * per_token + widest) * form.dtype.itemsize
+    return (step * per_token + widest) * form.dtype.itemsize + FREED_NBYTES
 
 
 def _block_numbers(block: Block, tokens: int, step: int, last: int) -> int:
