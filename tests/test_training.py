@@ -389,6 +389,11 @@ def test_muon_learns_alike_on_two_processes(texts: Path, whole: Path, tmp_path: 
     assert ours == pytest.approx(theirs, abs=0.1)
 
 
+def test_more_threads_than_the_machine_can_use_are_refused(texts: Path, tmp_path: Path) -> None:
+    with pytest.raises(kvell.InputError, match="threads 99999999: this machine can use 1 to"):
+        loop.train(settings(texts, tmp_path / "run", threads=99999999))
+
+
 def test_a_step_that_cannot_be_divided_over_the_processes_is_refused(texts: Path, tmp_path: Path) -> None:
     processes = loop.Processes(0, 3, torch.device("cpu"), None)
     with pytest.raises(kvell.InputError, match="cannot be divided over 3 processes: use a multiple of 3"):

@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from kvell.cli import console
-from kvell.cli.hardware import peak_resident_bytes, set_threads
 from kvell.errors import InputError
+from kvell.hardware import peak_resident_bytes, set_threads
 
 if TYPE_CHECKING:
     from rich.table import Table

@@ -10,9 +10,9 @@ import typer
 
 from kvell.cli import console
 from kvell.cli.generation_report import GenerationReport
-from kvell.cli.hardware import set_threads
 from kvell.cli.prompt import read_prompt
 from kvell.errors import InputError
+from kvell.hardware import set_threads
 
 if TYPE_CHECKING:
     from kvell.generation import Piece

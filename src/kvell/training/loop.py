@@ -18,6 +18,7 @@ from torch import Tensor
 from kvell.checkpoint import from_pretrained
 from kvell.checkpoint.loading import available_device
 from kvell.errors import InputError, KvellError
+from kvell.hardware import set_threads
 from kvell.model import Decoder
 from kvell.training.batches import MicroBatch, steps_of
 from kvell.training.compiling import compile_parts
@@ -68,8 +69,7 @@ def train(
     comes, which lets the step finish and saves; a second Ctrl-C ends it at once. InputError, ConfigError or
     CheckpointError for what cannot be begun; TrainingError for a loss that is no number: the last good checkpoint
     stays."""
-    if config.threads is not None:
-        torch.set_num_threads(config.threads)
+    set_threads(config.threads)
     processes = Processes.of(available_device(config.device))
     try:
         with stop_requests() as stop:

@@ -1,19 +1,25 @@
-"""What a command runs on: the threads it may use, the memory it has used."""
+"""What a program runs on: the threads it may use, the memory it has used."""
 
+import os
 import sys
 from pathlib import Path
 
 from kvell.errors import InputError
 
+# More threads a CPU than this gain nothing, and some ten thousand of them are more than a process survives.
+THREADS_PER_CPU = 8
+
 
 def set_threads(threads: int | None) -> None:
-    """Limits the threads torch computes with; None leaves the choice to torch."""
+    """Limits the threads torch computes with; None leaves the choice to torch. InputError for a number that this
+    machine cannot use."""
     import torch
 
     if threads is None:
         return
-    if threads < 1:
-        raise InputError(f"threads {threads} is less than 1")
+    most = THREADS_PER_CPU * (os.cpu_count() or 1)
+    if not 1 <= threads <= most:
+        raise InputError(f"threads {threads}: this machine can use 1 to {most}")
     torch.set_num_threads(threads)
 
 
