@@ -28,6 +28,7 @@ from transformers import (
 from transformers.models.zaya.modeling_zaya import ZayaRouter
 
 import kvell
+from kvell.families import FAMILIES
 
 VOCAB = 97
 PROMPT_LENGTH = 24
@@ -520,6 +521,16 @@ def zaya_choices(model: ZayaForCausalLM) -> Iterator[dict[int, list[Tensor]]]:
 def loss_of(logits: Tensor, tokens: Tensor) -> Tensor:
     """Mean cross entropy of each token given those before it."""
     return nn.functional.cross_entropy(logits[:, :-1].flatten(0, 1), tokens[:, 1:].flatten())
+
+
+def learnt_names(ours: kvell.Decoder, theirs: PreTrainedModel) -> dict[str, str]:
+    """Kvell's names of all the parameters that learn: transformers', paired as where the family's files are read."""
+    family = FAMILIES[ours.config.family or ""]
+    known = family.placements(ours.config) | family.alternatives(ours.config)
+    their_names = [name for name, _ in theirs.named_parameters()]
+    canonical = family.spelling(their_names, ours.config)
+    names = {known[canonical(name)].parameter: name for name in their_names}
+    return {name: names[name] for name, parameter in ours.named_parameters() if parameter.requires_grad}
 
 
 def assert_gradients_agree(ours: nn.Module, theirs: nn.Module, names: Mapping[str, str]) -> None:

@@ -169,6 +169,20 @@ def test_a_saved_cache_of_another_model_is_refused(model: Decoder, tmp_path: Pat
     assert Cache.load(tmp_path / "state", model).lengths == [5]
 
 
+@torch.no_grad()
+def test_a_saved_cache_of_a_model_of_which_one_row_differs_is_refused(tmp_path: Path) -> None:
+    model = random_model(small_config(None).model_copy(update={"vocab_size": 900}))
+    model.make_cache().save(tmp_path / "state")
+    for name, row in (("embedding.weight", 0), ("embedding.weight", 451), ("layers.0.attention.o_proj.weight", 3)):
+        values = model.get_parameter(name)[row]
+        kept = values.clone()
+        values += 1e-4
+        with pytest.raises(CacheError, match="saved by another model"):
+            Cache.load(tmp_path / "state", model)
+        values.copy_(kept)
+    assert Cache.load(tmp_path / "state", model).lengths == [0]
+
+
 def test_a_damaged_or_missing_cache_file_is_named(model: Decoder, tmp_path: Path) -> None:
     path = tmp_path / "state"
     with pytest.raises(CacheError, match=f"no such file: {path}"):

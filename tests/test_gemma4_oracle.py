@@ -17,6 +17,7 @@ from oracle import (
     gemma4_tensors,
     greedy,
     greedy_with_kvell,
+    learnt_names,
     logits_without_cache,
     loss_of,
     prompt,
@@ -238,19 +239,7 @@ def test_gradients_equal_those_of_transformers(case: str, load) -> None:
     theirs.zero_grad()
     loss_of(logits_without_cache(theirs, tokens), tokens).backward()
     loss_of(model(tokens), tokens).backward()
-    names = {"embedding.weight": "model.embed_tokens.weight", "norm.weight": "model.norm.weight"}
-    for index, layer in enumerate(model.config.layers):
-        names[f"layers.{index}.attention.q_proj.weight"] = f"model.layers.{index}.self_attn.q_proj.weight"
-        if layer.attention.kv_source is None:
-            names[f"layers.{index}.attention.k_proj.weight"] = f"model.layers.{index}.self_attn.k_proj.weight"
-            names[f"layers.{index}.attention.k_norm.weight"] = f"model.layers.{index}.self_attn.k_norm.weight"
-    if case != MOE:
-        names["per_layer_inputs.table.weight"] = "model.embed_tokens_per_layer.weight"
-        names["per_layer_inputs.projection.weight"] = "model.per_layer_model_projection.weight"
-    if case != E2B:
-        names["layers.1.feed_forward.mixture.gate_up_proj"] = "model.layers.1.experts.gate_up_proj"
-        names["layers.1.feed_forward.mixture.router.scale"] = "model.layers.1.router.scale"
-    assert_gradients_agree(model, theirs, names)
+    assert_gradients_agree(model, theirs, learnt_names(model, theirs))
 
 
 @pytest.mark.parametrize("case", SHARING)
@@ -454,6 +443,8 @@ def test_a_large_table_is_mapped_on_the_cpu_without_being_asked(tmp_path: Path) 
     with torch.no_grad():
         assert torch.equal(model(prompt()), held(prompt()))
     assert model.fingerprint() == held.fingerprint()
+    model.per_layer_inputs.table.table[1234] += 0.1
+    assert model.fingerprint() != held.fingerprint()
 
 
 @torch.no_grad()

@@ -18,6 +18,7 @@ from oracle import (
     greedy_with_kvell,
     laguna,
     laguna_tensors,
+    learnt_names,
     logits_without_cache,
     loss_of,
     prompt,
@@ -229,13 +230,7 @@ def test_gradients_equal_those_of_transformers(case: str, load) -> None:
     theirs.zero_grad()
     loss_of(logits_without_cache(theirs, tokens), tokens).backward()
     loss_of(model(tokens), tokens).backward()
-    names = {"embedding.weight": "model.embed_tokens.weight", "head.weight": "lm_head.weight"}
-    for i, kind in enumerate(theirs.config.mlp_layer_types):
-        for part in ("q_proj", "k_proj", "v_proj", "g_proj", "o_proj", "q_norm", "k_norm"):
-            names[f"layers.{i}.attention.{part}.weight"] = f"model.layers.{i}.self_attn.{part}.weight"
-        if kind == "sparse":
-            names[f"layers.{i}.feed_forward.router.proj.weight"] = f"model.layers.{i}.mlp.gate.weight"
-            names[f"layers.{i}.feed_forward.down_proj"] = f"model.layers.{i}.mlp.experts.down_proj"
+    names = learnt_names(model, theirs)
     assert_gradients_agree(model, theirs, names)
     checkpointed = kvell.Decoder(model.config, activation_checkpointing=True)
     checkpointed.load_state_dict(model.state_dict())

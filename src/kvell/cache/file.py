@@ -70,10 +70,10 @@ def load(path: Path, model: CacheMaker) -> Cache:
     try:
         with safe_open(path, "pt") as file:
             header = Header.model_validate_json((file.metadata() or {}).get("kvell", "{}"))
-            if header.model != model.fingerprint():
-                raise CacheError(f"{path} was saved by another model: its rows mean nothing to this one")
             if header.dtype != str(model.dtype):
                 raise CacheError(f"{path} holds {header.dtype} rows, the model works in {model.dtype}")
+            if header.model != model.fingerprint():
+                raise CacheError(f"{path} was saved by another model: its rows mean nothing to this one")
             cache = model.make_cache(len(header.lengths), header.max_rewind, header.max_length)
             for index, sequence in enumerate(cache.sequences):
                 sequence.length, sequence.rewindable = header.lengths[index], header.rewindable[index]

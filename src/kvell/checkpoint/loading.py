@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from kvell.checkpoint.quantised import FLOATS, QuantisedFiles
-from kvell.checkpoint.reading import TensorFiles
+from kvell.checkpoint.reading import TensorFiles, read_no_further
 from kvell.config import ModelConfig
 from kvell.errors import CheckpointError, InputError
 from kvell.families import FAMILIES, Placement, Placements, locate, read_config
@@ -169,7 +169,7 @@ def _assemble(
     for name, place in placed.items():
         tensor = files.get(name, place.of(target))
         if place.whole:
-            return tensor if mapped else tensor.to(device=device, dtype=target.dtype)
+            return read_no_further(tensor) if mapped else tensor.to(device=device, dtype=target.dtype)
         if values is None:
             values = torch.empty(target.shape, dtype=target.dtype, device=device)
         place.of(values).copy_(tensor)

@@ -3,6 +3,8 @@
 A tensor that is asked for is a view of its file: its bytes come off the disk when they are first used.
 """
 
+import ctypes
+import mmap
 from pathlib import Path
 from typing import Any
 
@@ -67,3 +69,13 @@ def _weight_map(index: Path) -> dict[str, str]:
     if not isinstance(named, dict) or not named or not all(isinstance(shard, str) for shard in named.values()):
         raise CheckpointError(f"{index} has no weight_map of tensors to the names of their files")
     return named
+
+
+def read_no_further(tensor: Tensor) -> Tensor:
+    """The tensor, a view of a file of which only the rows used are to be read: the system would read megabytes around
+    each of them. It is advice, and changes no result."""
+    if hasattr(mmap, "MADV_RANDOM"):
+        before = tensor.data_ptr() % mmap.PAGESIZE
+        start, length = ctypes.c_void_p(tensor.data_ptr() - before), ctypes.c_size_t(tensor.nbytes + before)
+        ctypes.CDLL(None).madvise(start, length, mmap.MADV_RANDOM)
+    return tensor
