@@ -229,7 +229,17 @@ MISFITS: dict[str, tuple[str, Callable[[dict[str, Tensor]], object], list[str]]]
     "eight-bit floats without scales": (
         "laguna",
         lambda t: t.update({NORM: torch.ones(32).to(torch.float8_e4m3fn)}),
-        [NORM, "float8_e4m3fn"],
+        [NORM, "float8_e4m3fn", "scales"],
+    ),
+    "truth values": (
+        "gemma4",
+        lambda t: t.update({NORM: torch.ones(32, dtype=torch.bool)}),
+        [NORM, "torch.bool, wanted is one of bfloat16, float32"],
+    ),
+    "complex numbers": (
+        "gemma4",
+        lambda t: t.update({NORM: torch.ones(32, dtype=torch.complex64)}),
+        [NORM, "torch.complex64, wanted is one of bfloat16, float32"],
     ),
 }
 
@@ -244,9 +254,22 @@ def test_a_checkpoint_that_does_not_fit_is_refused_in_one_line_that_names_the_te
     with pytest.raises(kvell.CheckpointError) as refusal:
         kvell.from_pretrained(folder)
     message = str(refusal.value)
+    assert message.startswith(str(folder))
     assert "\n" not in message
     for word in words:
         assert word in message
+
+
+def test_a_tensor_that_does_not_fit_is_refused_with_its_shard(tmp_path: Path) -> None:
+    folder = tmp_path / "saved"
+    some_model("laguna", tmp_path).save_pretrained(folder, max_shard_bytes=20000)
+    shard = max(folder.glob("model-*.safetensors"))
+    tensors = load_file(shard)
+    name = next(iter(tensors))
+    for wrong in ({name: torch.ones(3, 5, 7)}, {"sinks": torch.ones(4)}):
+        save_file(tensors | wrong, shard)
+        with pytest.raises(kvell.CheckpointError, match=f"^{shard}: .*{next(iter(wrong))}"):
+            kvell.from_pretrained(folder)
 
 
 def cut(path: Path, keep: float) -> None:

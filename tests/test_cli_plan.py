@@ -158,7 +158,7 @@ def test_an_unknown_model_type_is_refused_with_the_known_ones(
     (tmp_path / "config.json").write_text('{"model_type": "abacus"}')
     code, _, err = run(capsys, str(tmp_path), "--context", "4K")
     assert code == 1
-    assert err.startswith("error: unknown model_type 'abacus', known are kvell, gemma4")
+    assert err.startswith(f"error: {tmp_path / 'config.json'}: unknown model_type 'abacus', known are kvell, gemma4")
 
 
 def test_a_context_beyond_the_positions_is_planned_with_one_warning(capsys: pytest.CaptureFixture[str]) -> None:

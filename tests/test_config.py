@@ -219,6 +219,8 @@ UNREADABLE = {
         GEMMA4 | {"use_bidirectional_attention": "all"},
         ["gemma4", "use_bidirectional_attention"],
     ),
+    "a vocabulary of nothing": (GEMMA4 | {"vocab_size": 0}, ["gemma4 config: vocab_size is 0"]),
+    "a vocabulary that is no number": (GEMMA4 | {"vocab_size": "x"}, ["gemma4 config: vocab_size is 'x'"]),
     "a table for another vocabulary": (
         GEMMA4 | {"vocab_size_per_layer_input": 50},
         ["gemma4", "vocab_size_per_layer_input"],
@@ -275,6 +277,7 @@ def test_a_released_config_that_cannot_be_read_is_refused_in_one_line(problem: s
     with pytest.raises(kvell.ConfigError) as refusal:
         kvell.ModelConfig.from_pretrained(tmp_path)
     message = str(refusal.value)
+    assert message.startswith(f"{tmp_path / 'config.json'}: ")
     assert "\n" not in message
     for word in words:
         assert word in message

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from kvell.checkpoint.quantised import FLOATS, QuantisedFiles
 from kvell.checkpoint.reading import TensorFiles, read_no_further
 from kvell.config import ModelConfig
-from kvell.errors import CheckpointError, InputError
+from kvell.errors import CheckpointError, InputError, naming
 from kvell.families import FAMILIES, Placement, Placements, locate, read_config
 from kvell.families.family import Family
 from kvell.files import read_json
@@ -53,7 +53,8 @@ def from_pretrained(
     files = QuantisedFiles(TensorFiles(folder), family.scale_name if family else lambda name: None)
     if family:
         config = family.adapted(config, files.names())
-    sources, left_out = match(files, config, family)
+    with naming(folder):
+        sources, left_out = match(files, config, family)
     if left_out:
         warnings.warn(_notice(left_out), stacklevel=2)
     if dtype is None:
@@ -64,7 +65,8 @@ def from_pretrained(
     for parameter, placed in sources.items():
         mapped = parameter == TABLE and map_per_layer_table
         values = _assemble(files, model, parameter, placed, device, mapped)
-        _check_loaded(model, parameter, values, next(iter(placed)))
+        with naming(files.file(next(iter(placed)))):
+            _check_loaded(model, parameter, values, next(iter(placed)))
         _set(model, parameter, values, mapped)
     return model.eval()
 
@@ -129,7 +131,7 @@ def match(
             seen[place] = name
             sources[place.parameter][name] = place
         elif (rule := next((rule for rule, applies in rules.items() if applies(name, config)), None)) is None:
-            raise CheckpointError(f"unexpected tensor {name}: the config has no place for it")
+            raise CheckpointError(f"{files.file(name)}: unexpected tensor {name}: the config has no place for it")
         elif family and rule in family.noticed_rules:
             left_out[rule] += 2 if name in files.scales else 1
     pieces: dict[str, dict[str, Placement]] = defaultdict(dict)

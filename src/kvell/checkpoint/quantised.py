@@ -11,12 +11,13 @@ is the subnormal 2^-127, not zero.
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 from torch import Tensor
 
 from kvell.checkpoint.reading import TensorFiles
-from kvell.errors import CheckpointError
+from kvell.errors import CheckpointError, naming
 
 FLOATS = (torch.bfloat16, torch.float32, torch.float16, torch.float64)
 INTEGERS = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
@@ -69,11 +70,17 @@ class QuantisedFiles:
         scales = set(self.scales.values())
         return [name for name in self._files.names() if name not in scales]
 
+    def file(self, name: str) -> Path:
+        """The file that a tensor is in."""
+        return self._files.file(name)
+
     def dtype(self, name: str) -> torch.dtype:
         """The dtype a tensor is stored in. CheckpointError if it is none to compute in."""
         stored = self._files.get(name).dtype
         if stored not in FLOATS:
-            raise CheckpointError(f"{name} is stored as {stored}, so the dtype to compute in must be given")
+            raise CheckpointError(
+                f"{self.file(name)}: {name} is stored as {stored}, so the dtype to compute in must be given"
+            )
         return stored
 
     def get(self, name: str, target: Tensor) -> Tensor:
@@ -82,6 +89,10 @@ class QuantisedFiles:
         CheckpointError if it has another shape, is quantised without scales, has scales that do not fit, holds what
         the target's dtype cannot, or if only one of the two is of integers.
         """
+        with naming(self.file(name)):
+            return self._read(name, target)
+
+    def _read(self, name: str, target: Tensor) -> Tensor:
         tensor, scale = self._files.get(name), self.scales.get(name)
         if scale is None:
             self._check_kind(name, tensor, target)
@@ -98,6 +109,9 @@ class QuantisedFiles:
         if not target.is_floating_point():
             if tensor.dtype not in INTEGERS:
                 raise CheckpointError(f"{name} is stored as {tensor.dtype}, wanted are integers")
+        elif tensor.dtype not in FLOATS and tensor.dtype not in FORMATS:
+            known = ", ".join(str(one).removeprefix("torch.") for one in FLOATS)
+            raise CheckpointError(f"{name} is stored as {tensor.dtype}, wanted is one of {known}")
         elif tensor.dtype not in FLOATS:
             scale = self._scale_name(name)
             which = f", {scale}, which are missing" if scale not in (None, name) else ""

@@ -46,6 +46,10 @@ class TensorFiles:
     def names(self) -> list[str]:
         return list(self._files)
 
+    def file(self, name: str) -> Path:
+        """The file that a tensor is in."""
+        return self._files[name]
+
     def get(self, name: str) -> Tensor:
         """A tensor, (its shape), as a private view of its file."""
         file = self._files[name]

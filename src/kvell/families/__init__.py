@@ -9,7 +9,7 @@ from typing import Any
 
 from kvell.config import ModelConfig
 from kvell.config_file import read_config_file
-from kvell.errors import CheckpointError, ConfigError
+from kvell.errors import CheckpointError, ConfigError, naming
 from kvell.families import deepseek_v4, gemma4, laguna, zaya
 from kvell.families.family import Family, Placement, Placements
 from kvell.files import read_json
@@ -51,13 +51,14 @@ def read_config(path: str | Path) -> ModelConfig:
     values = read_json(file)
     if "model_type" not in values and ("layers" in values or "model" in values):
         return read_config_file(file)
-    config = parse_config(values)
+    with naming(file):
+        config = parse_config(values)
     generation = file.with_name("generation_config.json")
     if generation.is_file() and (ids := read_json(generation).get("eos_token_id")) is not None:
         # Where both files name the ends of a turn, this one is the fuller: Gemma 4's names two, its config one.
         more = ids if isinstance(ids, list) else [ids]
         merged = [*config.eos_token_ids, *(one for one in more if one not in config.eos_token_ids)]
-        config = ModelConfig.from_dict(config.model_dump() | {"eos_token_ids": merged}, generation.name)
+        config = ModelConfig.from_dict(config.model_dump() | {"eos_token_ids": merged}, str(generation))
     return config
 
 

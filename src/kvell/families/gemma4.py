@@ -47,17 +47,17 @@ def read_config(values: Mapping[str, Any]) -> ModelConfig:
     activation = text.choice(
         "hidden_activation", text.get("hidden_activation", "gelu_pytorch_tanh"), ACTIVATION_NAMES
     )
-    hidden = text.integer("hidden_size")
+    hidden, vocab_size = text.integer("hidden_size"), text.integer("vocab_size")
     beside = text.flag("enable_moe_block", False)
     return ModelConfig.from_dict(
         {
             "family": "gemma4",
-            "vocab_size": text.get("vocab_size"),
+            "vocab_size": vocab_size,
             "hidden_size": hidden,
             "max_positions": text.get("max_position_embeddings", 131072),
             "norm_eps": text.get("rms_norm_eps", 1e-6),
             "embedding_scale": hidden**0.5,
-            "per_layer_embedding": _read_per_layer_embedding(text, activation),
+            "per_layer_embedding": _read_per_layer_embedding(text, activation, vocab_size),
             "tied_head": text.flag("tie_word_embeddings", True),
             "logit_softcap": text.get("final_logit_softcapping", None),
             "initializer_range": text.get("initializer_range", 0.02),
@@ -93,11 +93,11 @@ def _sources(types: list[str], first_shared: int) -> list[int | None]:
     return [None if index < first_shared else last[name] for index, name in enumerate(types)]
 
 
-def _read_per_layer_embedding(text: Released, activation: str) -> dict[str, Any] | None:
+def _read_per_layer_embedding(text: Released, activation: str, vocab_size: int) -> dict[str, Any] | None:
     width = text.values.get("hidden_size_per_layer_input", 256)
     if not width:
         return None
-    if text.get("vocab_size_per_layer_input", text.get("vocab_size")) != text.get("vocab_size"):
+    if text.get("vocab_size_per_layer_input", vocab_size) != vocab_size:
         raise ConfigError("gemma4 config: vocab_size_per_layer_input differs from vocab_size")
     return {"width": width, "activation": activation}
 
