@@ -15,7 +15,7 @@ from safetensors.torch import save_file
 from strategies import random_model
 from torch import Tensor
 
-from kvell import Cache, CacheError, Decoder, ModelConfig
+from kvell import Cache, CacheError, CheckpointError, Decoder, ModelConfig
 from kvell.cache import StreamSpec
 from kvell.cache.stream import BLOCK_ROWS, Stream
 from kvell.config import LayerConfig
@@ -183,8 +183,10 @@ def test_a_saved_cache_of_a_model_of_which_one_row_differs_is_refused(tmp_path: 
     assert Cache.load(tmp_path / "state", model).lengths == [0]
 
 
-def test_a_damaged_or_missing_cache_file_is_named(model: Decoder, tmp_path: Path) -> None:
+def test_a_damaged_missing_or_impossible_cache_file_is_named(model: Decoder, tmp_path: Path) -> None:
     path = tmp_path / "state"
+    with pytest.raises(CheckpointError, match=r"could not save .* null byte"):
+        model.make_cache().save(tmp_path / "a\0b")
     with pytest.raises(CacheError, match=f"no such file: {path}"):
         Cache.load(path, model)
     cache = model.make_cache()
@@ -194,6 +196,23 @@ def test_a_damaged_or_missing_cache_file_is_named(model: Decoder, tmp_path: Path
     with pytest.raises(CacheError, match=f"{path} is not a readable cache file"):
         Cache.load(path, model)
     assert [entry.name for entry in tmp_path.iterdir()] == ["state"]
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"batch_size": 0}, "batch_size must be at least 1, not 0"),
+        ({"batch_size": 1.0}, "batch_size must be a whole number, not 1.0"),
+        ({"max_rewind": -1}, "max_rewind must be at least 0, not -1"),
+        ({"max_rewind": 1.5}, "max_rewind must be a whole number, not 1.5"),
+        ({"max_length": 8.0}, "max_length must be a whole number, not 8.0"),
+        ({"max_length": 2**50}, f"max_length={2**50} for 1 sequences: cpu has no memory for "),
+        ({"max_length": 2**70}, "max_length must be at most "),
+    ],
+)
+def test_a_cache_that_cannot_be_made_is_refused(model: Decoder, settings: dict[str, Any], message: str) -> None:
+    with pytest.raises(CacheError, match=f"^{message}"):
+        model.make_cache(**settings)
 
 
 def test_caches_that_do_not_fit_together_do_not_merge(model: Decoder) -> None:

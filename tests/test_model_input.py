@@ -24,12 +24,14 @@ MODEL = random_model(small_config(7, None))
         (torch.zeros(1, 3, dtype=torch.long), [1, 1], r"counts \[1, 1\] do not lay out tokens"),
         (torch.zeros(1, 3, dtype=torch.long), [3, 0], r"counts \[3, 0\] do not lay out tokens"),
         (torch.zeros(2, 3, dtype=torch.long), [3, 3], r"counts \[3, 3\] do not lay out tokens"),
+        (torch.zeros(1, 3, dtype=torch.long), 3, "counts must be whole numbers, one for each sequence, not 3"),
+        (torch.zeros(1, 3, dtype=torch.long), [1.5, 1.5], r"counts must be whole numbers.*, not \[1.5, 1.5\]"),
     ],
 )
 def test_tokens_that_cannot_be_are_refused_and_leave_the_cache_as_it_was(
-    tokens: Any, counts: list[int] | None, message: str
+    tokens: Any, counts: Any, message: str
 ) -> None:
-    cache = MODEL.make_cache(batch_size=len(counts or [0]))
+    cache = MODEL.make_cache(batch_size=len(counts) if isinstance(counts, list) else 1)
     with pytest.raises(InputError, match=message):
         MODEL(tokens, cache=cache, counts=counts)
     assert set(cache.lengths) == {0}

@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from operator import index
 
 
 class KvellError(Exception):
@@ -33,3 +34,18 @@ def naming(source: object) -> Iterator[None]:
         if str(error).startswith(str(source)):
             raise
         raise type(error)(f"{source}: {error}") from None
+
+
+def whole_number(
+    name: str, value: object, least: int = 1, most: int | None = None, error: type[KvellError] = InputError
+) -> int:
+    """The value as an int. An error that names it if it is no whole number, or one outside the bounds."""
+    try:
+        number = index(value)  # type: ignore[arg-type]
+    except TypeError:
+        raise error(f"{name} must be a whole number, not {value!r}") from None
+    if number < least:
+        raise error(f"{name} must be at least {least}, not {number}")
+    if most is not None and number > most:
+        raise error(f"{name} must be at most {most}, not {number}")
+    return number

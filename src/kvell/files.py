@@ -109,7 +109,7 @@ def beside(folder: Path) -> Iterator[Path]:
         folder.mkdir(parents=True, exist_ok=True)
         scratch = Path(tempfile.mkdtemp(prefix=".saving-", dir=folder))
         yield scratch
-    except OSError as error:
+    except (OSError, ValueError) as error:  # a name with a NUL in it is a ValueError
         raise CheckpointError(f"could not save to {folder}: {error}; what stood there is unchanged") from None
     finally:
         if scratch is not None:

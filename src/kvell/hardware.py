@@ -4,7 +4,7 @@ import os
 import sys
 from pathlib import Path
 
-from kvell.errors import InputError
+from kvell.errors import whole_number
 
 # More threads a CPU than this gain nothing, and some ten thousand of them are more than a process survives.
 THREADS_PER_CPU = 8
@@ -17,10 +17,7 @@ def set_threads(threads: int | None) -> None:
 
     if threads is None:
         return
-    most = THREADS_PER_CPU * (os.cpu_count() or 1)
-    if not 1 <= threads <= most:
-        raise InputError(f"threads {threads}: this machine can use 1 to {most}")
-    torch.set_num_threads(threads)
+    torch.set_num_threads(whole_number("threads", threads, most=THREADS_PER_CPU * (os.cpu_count() or 1)))
 
 
 def peak_resident_bytes() -> int:

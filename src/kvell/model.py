@@ -6,6 +6,7 @@ T tokens of a step, of all its sequences end to end; C hidden size; V vocabulary
 """
 
 import hashlib
+import operator
 import warnings
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -111,8 +112,7 @@ class Decoder(nn.Module):
         so what a call needs besides its results and its cache does not grow with it.
         InputError for tokens that cannot be; CacheError for a cache that does not fit.
         """
-        self._check_tokens(tokens, counts)
-        lengths = list(counts) if counts is not None else [tokens.shape[1]] * tokens.shape[0]
+        lengths = self._lengths(tokens, counts)
         self._check_cache(cache, lengths, self._streams)
         self._warn_of_length(lengths, cache)
         if self.device.type == "cpu":
@@ -145,10 +145,9 @@ class Decoder(nn.Module):
         """
         if self.draft_block is None:
             raise InputError("the model has no draft block: its config's draft is null")
-        self._check_tokens(next_tokens, counts)
+        lengths = self._lengths(next_tokens, counts)
         if streams.shape[:2] != next_tokens.shape:
             raise InputError(f"streams of the shape {tuple(streams.shape)} for tokens {tuple(next_tokens.shape)}")
-        lengths = list(counts) if counts is not None else [next_tokens.shape[1]] * next_tokens.shape[0]
         self._check_cache(cache, lengths, self._draft_streams)
         with torch.set_grad_enabled(torch.is_grad_enabled() and cache is None):
             step = Step.of(next_tokens.flatten(), lengths, cache, observed=observed)
@@ -164,8 +163,7 @@ class Decoder(nn.Module):
         What an indexer picks has no gradient, so the model's loss does not train it; this one does, and nothing else:
         see layers/indexer.py. InputError for a model without an indexer.
         """
-        self._check_tokens(tokens, counts)
-        lengths = list(counts) if counts is not None else [tokens.shape[1]] * tokens.shape[0]
+        lengths = self._lengths(tokens, counts)
         step = Step.of(tokens.flatten(), lengths, None, self._sources)
         step.observed = Observed()
         self._run(step, last_only=False)
@@ -311,8 +309,8 @@ class Decoder(nn.Module):
             fingerprint=self.fingerprint(),
         )
 
-    def _check_tokens(self, tokens: Tensor, counts: Sequence[int] | None) -> None:
-        """InputError for tokens that cannot be."""
+    def _lengths(self, tokens: Tensor, counts: Sequence[int] | None) -> list[int]:
+        """How many tokens each sequence has. InputError for tokens and counts that cannot be."""
         if not isinstance(tokens, Tensor):
             raise InputError(f"tokens must be a tensor, not {type(tokens).__name__}")
         if tokens.device != self.device:
@@ -321,13 +319,18 @@ class Decoder(nn.Module):
             raise InputError(f"tokens must be (batch, tokens), at least one of each, not {tuple(tokens.shape)}")
         if tokens.dtype not in (torch.int64, torch.int32):
             raise InputError(f"tokens must be int64 or int32, not {tokens.dtype}")
-        if counts is not None and (tokens.shape[0] != 1 or sum(counts) != tokens.shape[1] or min(counts) < 1):
-            raise InputError(f"counts {list(counts)} do not lay out tokens of the shape {tuple(tokens.shape)}")
+        try:
+            lengths = [tokens.shape[1]] * tokens.shape[0] if counts is None else list(map(operator.index, counts))
+        except TypeError:
+            raise InputError(f"counts must be whole numbers, one for each sequence, not {counts!r}") from None
+        if counts is not None and (tokens.shape[0] != 1 or sum(lengths) != tokens.shape[1] or min(lengths) < 1):
+            raise InputError(f"counts {lengths} do not lay out tokens of the shape {tuple(tokens.shape)}")
         if tokens.device.type == "cpu":  # on an accelerator looking would make it wait
             low, high = (int(value) for value in tokens.aminmax())
             if low < 0 or high >= self.config.vocab_size:
                 wrong = low if low < 0 else high
                 raise InputError(f"token id {wrong} is outside the vocabulary of {self.config.vocab_size}")
+        return lengths
 
     def _check_cache(self, cache: Cache | None, lengths: list[int], streams: StreamSpecs) -> None:
         """CacheError for a cache that was made for other streams, another dtype or device, or that is full."""

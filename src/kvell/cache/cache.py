@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from kvell.cache.stream import Stream, StreamSpec
-from kvell.errors import CacheError
+from kvell.errors import CacheError, whole_number
 
 if TYPE_CHECKING:
     from kvell.cache.file import CacheMaker
@@ -69,16 +69,23 @@ class Cache:
         device: torch.device | str = "cpu",
         fingerprint: str | None = None,
     ) -> None:
-        if batch_size < 1:
-            raise CacheError(f"a cache holds at least one sequence, not {batch_size}")
-        if max_rewind < 0:
-            raise CacheError(f"max_rewind cannot be negative: {max_rewind}")
-        if max_length is not None and max_length < 1:
-            raise CacheError(f"max_length must be at least 1, not {max_length}")
-        self.specs, self.max_rewind, self.max_length = dict(specs), max_rewind, max_length
+        batch_size = whole_number("batch_size", batch_size, error=CacheError)
+        self.specs = dict(specs)
+        self.max_rewind = whole_number("max_rewind", max_rewind, 0, error=CacheError)
+        if max_length is not None:
+            max_length = whole_number("max_length", max_length, most=2**63 - 1, error=CacheError)
+        self.max_length = max_length
         self.dtype, self.device = dtype, torch.device(device)
         self.fingerprint = fingerprint
-        self.sequences = [self._new_sequence() for _ in range(batch_size)]
+        try:
+            self.sequences = [self._new_sequence() for _ in range(batch_size)]
+        except RuntimeError:
+            if max_length is None:
+                raise
+            needed = batch_size * reserved_nbytes(self.specs, max_length, self.max_rewind, dtype)
+            raise CacheError(
+                f"max_length={max_length} for {batch_size} sequences: {device} has no memory for {needed} bytes"
+            ) from None
         self._step_open = False
 
     @property

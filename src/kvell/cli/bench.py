@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from kvell.cli import console
-from kvell.errors import InputError
+from kvell.errors import InputError, whole_number
 from kvell.hardware import peak_resident_bytes, set_threads
 
 if TYPE_CHECKING:
@@ -62,8 +62,7 @@ def bench(
 
     contexts = sorted({parse_context(text) for text in context} if context else CONTEXTS)
     for name, number in (("new-tokens", new_tokens), ("repeats", repeats)):
-        if number < 1:
-            raise InputError(f"{name} {number} is less than 1")
+        whole_number(name, number)
     torch_device, torch_dtype = available_device(device), known_dtype(dtype)
     set_threads(threads)
     directory = locate(model or bundled_model_path(), HUB_FILES)

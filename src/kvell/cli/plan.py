@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 import typer
 
 from kvell.cli import console, plan_tables, sizes
-from kvell.errors import InputError
+from kvell.errors import InputError, whole_number
 
 if TYPE_CHECKING:
     from kvell.config import ModelConfig
@@ -126,8 +126,7 @@ def _fitting(
     """Each model's contexts, and the batch: with a memory the one of them that was not given is the largest."""
     from kvell.planning import batch_that_fits, context_that_fits
 
-    if batch < 1:
-        raise InputError(f"batch must be at least 1, not {batch}")
+    whole_number("batch", batch)
     if memory is None:
         given = None if context is None else sizes.contexts(context)
         return {name: given or [config.max_positions] for name, config in configs.items()}, batch

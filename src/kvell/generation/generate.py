@@ -8,7 +8,7 @@ import torch
 from jaxtyping import Int
 from torch import Tensor
 
-from kvell.errors import InputError
+from kvell.errors import InputError, whole_number
 from kvell.generation.interface import LanguageModel, LanguageModelConfig, SequenceCache
 from kvell.generation.sampling import Sampler, SamplingSettings
 from kvell.generation.speculation import Reader, Speculate, SpeculationSettings
@@ -94,10 +94,8 @@ def generate(
     stop = (stop,) if isinstance(stop, str) else tuple(stop)
     settings = SamplingSettings(temperature, top_k, top_p, min_p, seed)
     speculation = SpeculationSettings(speculate, num_drafts)
-    if max_new_tokens < 1:
-        raise InputError(f"max_new_tokens {max_new_tokens} is less than 1")
-    if prefill_chunk < 1:
-        raise InputError(f"prefill_chunk {prefill_chunk} is less than 1")
+    max_new_tokens = whole_number("max_new_tokens", max_new_tokens)
+    prefill_chunk = whole_number("prefill_chunk", prefill_chunk)
     if stop and tokenizer is None:
         raise InputError("stop strings need a tokenizer")
     if "" in stop:

@@ -12,12 +12,13 @@ top_p belongs to the nucleus, so at least one token is always left.
 
 import math
 from dataclasses import dataclass
+from numbers import Real
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from kvell.errors import InputError, KvellError
+from kvell.errors import InputError, KvellError, whole_number
 
 
 @dataclass(frozen=True)
@@ -34,16 +35,18 @@ class SamplingSettings:
     seed: int = 0
 
     def __post_init__(self) -> None:
+        for name in ("temperature", "top_p", "min_p"):
+            if not isinstance(value := getattr(self, name), Real | None):
+                raise InputError(f"{name} must be a number, not {value!r}")
         if not 0 <= self.temperature < math.inf:
             raise InputError(f"temperature {self.temperature} is not a finite number of at least 0")
-        if self.top_k is not None and self.top_k < 1:
-            raise InputError(f"top_k {self.top_k} is less than 1")
+        if self.top_k is not None:
+            whole_number("top_k", self.top_k)
         if self.top_p is not None and not 0 < self.top_p <= 1:
             raise InputError(f"top_p {self.top_p} is not above 0 and at most 1")
         if self.min_p is not None and not 0 <= self.min_p <= 1:
             raise InputError(f"min_p {self.min_p} is not between 0 and 1")
-        if not 0 <= self.seed < 2**64:
-            raise InputError(f"seed {self.seed} is not between 0 and 2**64 - 1")
+        whole_number("seed", self.seed, 0, 2**64 - 1)
 
 
 class Sampler:
@@ -51,7 +54,7 @@ class Sampler:
 
     def __init__(self, settings: SamplingSettings) -> None:
         self.settings = settings
-        self._generator = torch.Generator().manual_seed(settings.seed)
+        self._generator = torch.Generator().manual_seed(int(settings.seed))
 
     def __call__(self, logits: Float[Tensor, " V"]) -> int:
         """The next token's id. Raises KvellError where the logits are not numbers."""

@@ -21,7 +21,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from kvell.errors import InputError
+from kvell.errors import InputError, whole_number
 from kvell.generation.interface import DraftingModel, LanguageModel, SequenceCache
 
 Speculate = Literal["off", "lookup", "mtp"]
@@ -49,8 +49,8 @@ class SpeculationSettings:
             raise InputError(f"speculate {self.speculate} is unknown: use one of {', '.join(known)}")
         if self.num_drafts is not None and self.speculate == "off":
             raise InputError(f"{self.num_drafts} drafts are asked for, but speculate is off: use lookup or mtp")
-        if self.num_drafts is not None and self.num_drafts < 1:
-            raise InputError(f"the number of drafts, {self.num_drafts}, is less than 1")
+        if self.num_drafts is not None:
+            whole_number("the number of drafts", self.num_drafts)
 
     @property
     def max_drafts(self) -> int:

@@ -12,7 +12,7 @@ from typing import Literal
 
 from kvell.cache import StreamSpec, StreamSpecs, streams_nbytes
 from kvell.config import ModelConfig
-from kvell.errors import InputError
+from kvell.errors import whole_number
 from kvell.planning.formats import StorageFormat, stored_streams
 
 
@@ -26,8 +26,8 @@ class Engine:
 
     def __post_init__(self) -> None:
         for name in ("block_tokens", "tensor_parallel", "window_rows"):
-            if isinstance(value := getattr(self, name), int) and value < 1:
-                raise InputError(f"{name} must be at least 1, not {value}")
+            if (value := getattr(self, name)) not in (None, "full"):
+                whole_number(name, value)
 
     @property
     def steps(self) -> tuple[tuple[str, "Engine"], ...]:

@@ -13,7 +13,7 @@ import torch
 
 from kvell.cache import StreamSpecs, reserved_nbytes, streams_nbytes
 from kvell.config import ModelConfig
-from kvell.errors import InputError
+from kvell.errors import InputError, whole_number
 from kvell.layers.per_layer_embedding import MAPPED_SHARE
 from kvell.planning.fit import largest_batch, longest_context
 from kvell.planning.flops import decode_flops, prefill_flops
@@ -160,8 +160,7 @@ def plan(
     is what the plan calls the model. InputError for sizes below 1 and for an unknown dtype or device.
     """
     for what, value, least in (("context", context, 1), ("batch_size", batch_size, 1), ("max_rewind", max_rewind, 0)):
-        if value < least:
-            raise InputError(f"{what} must be at least {least}, not {value}")
+        whole_number(what, value, least)
     model = name or ("config" if isinstance(config, ModelConfig) else str(config))
     config = config if isinstance(config, ModelConfig) else known_config(str(config))
     form = storage_format(dtype, config)
