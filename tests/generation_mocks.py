@@ -37,6 +37,7 @@ class MockCache:
     max_rewind: int = 0
     max_length: int | None = None
     rewindable: int = 0
+    warned_of_length: bool = False
 
     @property
     def lengths(self) -> list[int]:

@@ -8,6 +8,7 @@ import torch
 from strategies import random_model
 from test_cache import small_config
 
+import kvell
 from kvell import InputError
 
 MODEL = random_model(small_config(7, None))
@@ -42,13 +43,27 @@ def test_a_sequence_that_outgrows_the_positions_is_warned_of_once() -> None:
     model = random_model(small_config(7).model_copy(update={"max_positions": 8}))
     cache = model.make_cache()
     model(torch.zeros(1, 8, dtype=torch.long), cache=cache)
-    with pytest.warns(UserWarning, match="9 tokens, and the model has 8 positions"):
+    with pytest.warns(UserWarning, match="9 tokens, and the model has 8 positions") as warned:
         model(torch.zeros(1, 1, dtype=torch.long), cache=cache)
+    assert [warning.filename for warning in warned] == [__file__], "the line that asked for it is named"
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         model(torch.zeros(1, 1, dtype=torch.long), cache=cache)
     with pytest.warns(UserWarning, match="9 tokens"):
         model(torch.zeros(1, 9, dtype=torch.long))
+
+
+@pytest.mark.parametrize("length", [5, 9, 12])
+def test_a_text_that_outgrows_the_positions_is_warned_of_once(length: int) -> None:
+    """Whether the prompt does or what is generated."""
+    model = random_model(small_config(7).model_copy(update={"max_positions": 8}))
+    cache = model.make_cache()
+    with pytest.warns(UserWarning, match=f"the text may reach {length + 4} tokens") as warned:
+        assert len(list(kvell.generate(model, [1] * length, 4, cache=cache))) == 4
+    assert [warning.filename for warning in warned] == [__file__]
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        list(kvell.generate(model, [1], 4, cache=cache))
 
 
 def test_a_warning_made_an_error_leaves_the_cache_usable() -> None:

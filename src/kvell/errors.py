@@ -1,5 +1,8 @@
-"""What Kvell raises when a user's input is wrong. The command line prints the message and exits with 1."""
+"""What Kvell raises when a user's input is wrong, and how it warns. The command line prints the message and exits
+with 1."""
 
+import sys
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from operator import index
@@ -49,3 +52,11 @@ def whole_number(
     if most is not None and number > most:
         raise error(f"{name} must be at most {most}, not {number}")
     return number
+
+
+def warn(message: str) -> None:
+    """Warns of the line in the user's program that led here: the first one behind Kvell's own and torch's."""
+    frame, level = sys._getframe(1), 2
+    while frame.f_back and frame.f_globals["__name__"].split(".")[0] in ("kvell", "torch", "jaxtyping"):
+        frame, level = frame.f_back, level + 1
+    warnings.warn(message, stacklevel=level)

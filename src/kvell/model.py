@@ -7,7 +7,6 @@ T tokens of a step, of all its sequences end to end; C hidden size; V vocabulary
 
 import hashlib
 import operator
-import warnings
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Literal, overload
@@ -20,7 +19,7 @@ from torch.utils.checkpoint import checkpoint
 from kvell.cache import Cache, StreamSpecs
 from kvell.config import ModelConfig
 from kvell.draft import DraftBlock
-from kvell.errors import CacheError, InputError
+from kvell.errors import CacheError, InputError, warn
 from kvell.kernels.heap import keep_freed_memory
 from kvell.layer import Layer
 from kvell.layers.norms import RMSNorm
@@ -344,13 +343,14 @@ class Decoder(nn.Module):
         cache.check_step(lengths)
 
     def _warn_of_length(self, lengths: list[int], cache: Cache | None) -> None:
-        """At the step in which a sequence outgrows the model's positions."""
+        """At the step in which a sequence outgrows the model's positions, unless it is known of the cache."""
         limit = self.config.max_positions
-        for start, count in zip([0] * len(lengths) if cache is None else cache.lengths, lengths, strict=True):
-            if start <= limit < start + count:
-                warnings.warn(
-                    f"{start + count} tokens, and the model has {limit} positions: it extrapolates", stacklevel=5
-                )
+        longest = max(lengths) if cache is None else max(map(sum, zip(cache.lengths, lengths, strict=True)))
+        if longest <= limit or (cache is not None and cache.warned_of_length):
+            return
+        if cache is not None:
+            cache.warned_of_length = True
+        warn(f"{longest} tokens, and the model has {limit} positions: it extrapolates")
 
 
 def sample(tensor: Tensor) -> Shaped[Tensor, " n"]:

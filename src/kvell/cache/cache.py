@@ -86,6 +86,7 @@ class Cache:
             raise CacheError(
                 f"max_length={max_length} for {batch_size} sequences: {device} has no memory for {needed} bytes"
             ) from None
+        self.warned_of_length = False  # whether its user knows that a sequence outgrows the model's positions
         self._step_open = False
 
     @property

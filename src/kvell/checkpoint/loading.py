@@ -1,7 +1,6 @@
 """Weights in: every parameter is set by exactly one tensor (or by pieces that fill it exactly), and every tensor is
 used or left out by a named rule. Anything else is an error, so no weight is ever random by accident."""
 
-import warnings
 from collections import Counter, defaultdict
 from collections.abc import Iterator
 from pathlib import Path
@@ -12,7 +11,7 @@ from torch import Tensor, nn
 from kvell.checkpoint.quantised import FLOATS, QuantisedFiles
 from kvell.checkpoint.reading import TensorFiles, read_no_further
 from kvell.config import ModelConfig
-from kvell.errors import CheckpointError, InputError, naming
+from kvell.errors import CheckpointError, InputError, naming, warn
 from kvell.families import FAMILIES, Placement, Placements, locate, read_config
 from kvell.families.family import Family
 from kvell.files import read_json
@@ -56,7 +55,7 @@ def from_pretrained(
     with naming(folder):
         sources, left_out = match(files, config, family)
     if left_out:
-        warnings.warn(_notice(left_out), stacklevel=2)
+        warn(_notice(left_out))
     if dtype is None:
         dtype = files.dtype(next(iter(sources["embedding.weight"])))
     model = build_empty(config.with_released_rounding() if released_rounding else config, dtype)

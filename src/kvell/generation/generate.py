@@ -1,6 +1,5 @@
 """Continuing a prompt, token by token."""
 
-import warnings
 from collections.abc import Callable, Generator, Sequence
 from typing import Literal
 
@@ -8,7 +7,7 @@ import torch
 from jaxtyping import Int
 from torch import Tensor
 
-from kvell.errors import InputError, whole_number
+from kvell.errors import InputError, warn, whole_number
 from kvell.generation.interface import LanguageModel, LanguageModelConfig, SequenceCache
 from kvell.generation.sampling import Sampler, SamplingSettings
 from kvell.generation.speculation import Reader, Speculate, SpeculationSettings
@@ -107,7 +106,7 @@ def generate(
     if len(cache.lengths) != 1:
         raise InputError(f"the cache holds {len(cache.lengths)} sequences, and generate continues one")
     speculation.check_cache(cache)
-    _warn_of_length(cache.lengths[0] + len(prompt) + max_new_tokens, model.config)
+    _warn_of_length(cache.lengths[0] + len(prompt) + max_new_tokens, model.config, cache)
     return _pieces(
         Reader(model, cache, drafter, speculation.max_drafts),
         torch.split(prompt, prefill_chunk),
@@ -135,12 +134,13 @@ def _checked_prompt(prompt_ids: Sequence[int] | Tensor, vocab_size: int) -> Int[
     return prompt.long()
 
 
-def _warn_of_length(length: int, config: LanguageModelConfig) -> None:
-    if length > config.max_positions:
-        warnings.warn(
+def _warn_of_length(length: int, config: LanguageModelConfig, cache: SequenceCache) -> None:
+    """Once, and before the model would where it comes to that."""
+    if length > config.max_positions and not cache.warned_of_length:
+        cache.warned_of_length = True
+        warn(
             f"the text may reach {length} tokens and the model was made for {config.max_positions}: "
-            "it may lose the thread beyond them",
-            stacklevel=3,
+            "it may lose the thread beyond them"
         )
 
 

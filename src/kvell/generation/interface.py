@@ -12,9 +12,12 @@ from torch import Tensor
 class SequenceCache(Protocol):
     """What a model remembers of the sequences seen so far, and their lengths in tokens.
 
-    Only speculation asks for more than the lengths: `max_rewind` of the newest tokens can be taken back, and no
-    more than `max_length` be held (None: as many as there are).
+    `warned_of_length` says whether its user knows that a text outgrows the model's positions. Only speculation asks
+    for the rest: `max_rewind` of the newest tokens can be taken back, and no more than `max_length` be held (None: as
+    many as there are).
     """
+
+    warned_of_length: bool
 
     @property
     def lengths(self) -> Sequence[int]: ...
