@@ -68,7 +68,7 @@ def test_the_process_grows_in_proportion_to_the_prompt() -> None:
 V4_PREFILL = """
 import resource, torch, kvell
 from kvell.families import parse_config
-torch.set_num_threads(2)
+torch.set_num_threads(1)
 model = kvell.Decoder(parse_config({
     "model_type": "deepseek_v4", "vocab_size": 4096, "hidden_size": 256, "num_hidden_layers": 6,
     "num_attention_heads": 8, "head_dim": 64, "qk_rope_head_dim": 16, "q_lora_rank": 128, "o_groups": 2,

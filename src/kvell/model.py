@@ -109,7 +109,9 @@ class Decoder(nn.Module):
         (B, n, N, C), which `draft` starts from. `observed` collects what training needs of the step besides. Where no
         gradients are recorded and nothing is observed, a long prompt is worked through in steps of MAX_STEP tokens,
         so what a call needs besides its results and its cache does not grow with it.
-        InputError for tokens that cannot be; CacheError for a cache that does not fit.
+        InputError for tokens that cannot be; CacheError for a cache that does not fit. On an accelerator ids are not
+        compared with the vocabulary, as looking would make it wait: there an id outside of it is the device's own
+        error, and who takes ids from elsewhere compares them before, as `generate` does.
         """
         lengths = self._lengths(tokens, counts)
         self._check_cache(cache, lengths, self._streams)
@@ -205,7 +207,8 @@ class Decoder(nn.Module):
 
     def save_pretrained(self, path: str | Path, *, max_shard_bytes: int = 4 * 2**30) -> None:
         """Writes config.json and safetensors: in the released family's own format where the config came from one
-        and still fits it, else in Kvell's."""
+        and still fits it, else in Kvell's. No tokenizer, which is not the model's: whoever has one copies its
+        tokenizer.json there."""
         from kvell.checkpoint import save_pretrained
 
         save_pretrained(self, Path(path), max_shard_bytes)
