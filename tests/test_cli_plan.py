@@ -141,6 +141,7 @@ def test_without_matplotlib_a_plot_is_refused_and_says_how_to_get_it(
         (("gemma-4-e2b", "--memory", "1GB"), "the weights take 4,559,518,278 bytes, 3,559,518,278 more than the"),
         (("deepseek-v4-pro", "--context", "4K", "--method", "article"), "method article: its formula has no figure"),
         (("nowhere",), "nowhere is neither a directory nor a file nor a built-in config"),
+        (("nowhere",), "; references to compare with are deepseek-v3.2, llama-3.1-8b, llama-2-7b"),
     ],
 )
 def test_wrong_input_is_refused_in_one_line(
