@@ -141,7 +141,6 @@ def test_without_matplotlib_a_plot_is_refused_and_says_how_to_get_it(
         (("gemma-4-e2b", "--memory", "1GB"), "the weights take 4,559,518,278 bytes, 3,559,518,278 more than the"),
         (("deepseek-v4-pro", "--context", "4K", "--method", "article"), "method article: its formula has no figure"),
         (("nowhere",), "nowhere is neither a directory nor a file nor a built-in config"),
-        (("nowhere",), "; references to compare with are deepseek-v3.2, llama-3.1-8b, llama-2-7b"),
     ],
 )
 def test_wrong_input_is_refused_in_one_line(
@@ -151,6 +150,11 @@ def test_wrong_input_is_refused_in_one_line(
     assert code == 1
     assert err.startswith(f"error: {message}")
     assert err.count("\n") == 1
+
+
+def test_an_unknown_name_is_refused_with_the_references_too(capsys: pytest.CaptureFixture[str]) -> None:
+    _, _, err = run(capsys, "nowhere")
+    assert err.endswith("; references to compare with are deepseek-v3.2, llama-3.1-8b, llama-2-7b\n")
 
 
 def test_an_unknown_model_type_is_refused_with_the_known_ones(
