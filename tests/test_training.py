@@ -545,6 +545,28 @@ def test_files_that_are_no_text_are_named_counted_and_skipped_only_if_asked(
         ({"tokenizer": {"vocab_size": 400}}, "tokenizer.vocab_size 400 is not the model's 320"),
         ({"tokenizer": "/nowhere"}, "/nowhere/tokenizer.json cannot be read"),
         ({"optimizer": {"kind": "adam"}}, "optimizer.kind"),
+        (
+            {"tokenizer": {"vocab_size": 5}},
+            "run.yaml: tokenizer.vocab_size: Input should be greater than or equal to 300",
+        ),
+        (
+            {"tokenizer": {"vocab": 320}},
+            "run.yaml: tokenizer.vocab: unknown field; allowed are vocab_size (and 1 more)",
+        ),
+        ({"tokenizer": 320}, "run.yaml: tokenizer: a mapping of names to values, not 320"),
+        (
+            {"data": {"sources": [{"kind": "files", "paths": "texts"}]}},
+            "run.yaml: data.sources.0.paths: a list, not 'texts'",
+        ),
+        (
+            {"stages": [{"steps": 1, "length": 9000, "tokens": 9000}]},
+            "stages.0.length: 9000 is more than model.max_pos",
+        ),
+        (
+            {"evaluation": {"lengths": [128, 9000]}},
+            "evaluation.lengths.1: 9000 is more than model.max_positions 8192",
+        ),
+        ({"evaluation": {"tasks": [{"kind": "passkey"}]}}, "evaluation.lengths: there is no length"),
         ({"lr": 0.1}, "lr: unknown field; allowed are model, tokenizer, data, stages, optimizer"),
         ({"trackers": ["trackio"]}, "trackio is not installed"),
         ({"device": "cuda:9"}, "device cuda:9 is not to be had here"),
@@ -556,6 +578,55 @@ def test_what_cannot_be_trained_is_said_in_one_line(
     (tmp_path / "empty").mkdir()
     changes = json.loads(json.dumps(changes).replace("{empty}", str(tmp_path / "empty")))
     assert said in refused(texts, tmp_path, capfd, **changes)
+
+
+TEXT = {"sources": [{"kind": "files", "paths": ["{texts}"]}], "held_out": 0.2}
+
+
+def mixed(task: dict[str, Any], shortest: int) -> dict[str, Any]:
+    return {"data": {**TEXT, "tasks": [{"task": task, "share": 0.3, "shortest": shortest}]}}
+
+
+def evaluated(task: dict[str, Any], length: int) -> dict[str, Any]:
+    return {"evaluation": {"tasks": [task], "lengths": [128, length]}}
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        (
+            mixed({"kind": "passkey"}, 5),
+            "data.tasks.0.shortest: passkey: 5 tokens do not hold what is hidden and asked",
+        ),
+        (evaluated({"kind": "needles", "num_needles": 1}, 7), "evaluation.lengths.1: needles: 7 tokens do not hold"),
+        (
+            mixed({"kind": "associative_recall", "num_pairs": 4}, 15),
+            "data.tasks.0.shortest: associative_recall: length",
+        ),
+        (
+            evaluated({"kind": "needle", "num_distractors": 9}, 32),
+            "needle: length 32 is too small for 10 marked pairs",
+        ),
+        (
+            mixed({"kind": "induction", "vocab_size": 64, "length": 64}, 8),
+            "data.tasks.0: induction: vocab_size 64 is too small for",
+        ),
+        (mixed({"kind": "needle", "vocab_size": 999}, 32), "needle: vocab_size 999 is more than the model's 320"),
+        (
+            {"data": {**TEXT, "held_out": 0}, "evaluation": {"patience": 1}},
+            "evaluation.patience: no document is held",
+        ),
+    ],
+)
+def test_what_no_step_could_draw_is_refused_before_the_first_and_an_older_run_stays(
+    texts: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str], changes: dict[str, Any], said: str
+) -> None:
+    older = tmp_path / "run" / "metrics.jsonl"
+    older.parent.mkdir()
+    older.write_text("")
+    changes = json.loads(json.dumps(changes).replace("{texts}", str(texts)))
+    assert said in refused(texts, tmp_path, capfd, "--fresh", **changes)
+    assert older.exists()
 
 
 def test_the_standard_library_is_there_to_learn_from_with_its_documentation() -> None:

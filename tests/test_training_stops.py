@@ -175,6 +175,35 @@ def test_patience_that_lasts_leaves_the_best_model_too(
     assert not best.equal(embeddings[2])
 
 
+def test_every_generated_task_can_stand_among_the_texts_and_be_evaluated(texts: Path, tmp_path: Path) -> None:
+    tasks = [
+        {"kind": "associative_recall", "num_pairs": 4},
+        {"kind": "induction", "span": 20},
+        {"kind": "needle"},
+        {"kind": "passkey"},
+        {"kind": "needles", "num_needles": 1},
+    ]
+    data = {
+        "sources": [{"kind": "files", "paths": [str(texts)]}],
+        "tasks": [{"task": task, "share": 0.15, "shortest": 110} for task in tasks],
+    }
+    drawn = []
+
+    def note(training: loop.Training, step: list[loop.MicroBatch]) -> dict[str, float]:
+        drawn.extend(name for batch in step for name in batch.names)
+        return take_step(training, step)
+
+    take_step = loop.Training._step
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(loop.Training, "_step", note)
+        figures = loop.train(
+            small(texts, tmp_path / "run", data=data, evaluation={"tasks": tasks, "cases": 2, "lengths": [120]})
+        ).evaluation["tasks"]
+    assert {f"{task['kind']} task" for task in tasks} <= set(drawn)
+    assert list(figures) == [f"{task['kind']} at 120" for task in tasks]
+    assert all(figure["cases"] == 2 for figure in figures.values())
+
+
 def test_processes_with_pieces_too_short_for_any_entry_equal_one(texts: Path, tmp_path: Path) -> None:
     """Some micro-batches complete a compressor's window of 64 tokens and some do not; all parameters are reduced."""
     folder = tmp_path / "texts"

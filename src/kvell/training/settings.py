@@ -5,11 +5,13 @@ from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
 from pydantic import (
+    Discriminator,
     Field,
     NonNegativeFloat,
     NonNegativeInt,
     PositiveFloat,
     PositiveInt,
+    Tag,
     ValidationError,
     field_validator,
     model_validator,
@@ -19,7 +21,7 @@ from kvell.config import ModelConfig, one_line
 from kvell.config_file import read_mapping, resolve
 from kvell.errors import ConfigError
 from kvell.layers.part import Part
-from kvell.training.tasks import TextTask
+from kvell.training.tasks import Task
 
 Share = Annotated[float, Field(ge=0, lt=1)]
 
@@ -61,10 +63,11 @@ Source = Annotated[StandardLibrary | TextFiles, Field(discriminator="kind")]
 class MixedTask(Part):
     """A task with known answers among the texts: `share` of the tokens of every step.
 
-    Its examples are as long as the step's stage allows, or shorter, down to `shortest` tokens.
+    Its examples are as long as the step's stage allows, or shorter, down to `shortest` tokens, whatever its own
+    `length` says. One of bare tokens takes its ids from those that the tokenizer gives to text.
     """
 
-    task: TextTask
+    task: Task
     share: Annotated[float, Field(gt=0, lt=1)]
     shortest: PositiveInt = 128
 
@@ -81,6 +84,13 @@ class NewTokenizer(Part):
     """A byte-level BPE trained on the training documents, every digit a token of its own."""
 
     vocab_size: Annotated[int, Field(ge=300)]
+
+
+# pydantic then tells what is wrong with the one that is meant, not with each in turn.
+Tokenizer = Annotated[
+    Annotated[NewTokenizer, Tag("new")] | Annotated[str, Tag("directory")],
+    Discriminator(lambda value: "directory" if isinstance(value, str) else "new"),
+]
 
 
 class Stage(Part):
@@ -153,7 +163,7 @@ class Evaluation(Part):
     tokens: PositiveInt = 50_000
     length: PositiveInt = 4096
     patience: PositiveInt | None = None
-    tasks: tuple[TextTask, ...] = ()
+    tasks: tuple[Task, ...] = ()
     cases: PositiveInt = 100
     lengths: tuple[PositiveInt, ...] = ()
 
@@ -171,7 +181,7 @@ class TrainingConfig(Part):
     through torch.compile, see compiling.py."""
 
     model: ModelConfig
-    tokenizer: NewTokenizer | str
+    tokenizer: Tokenizer
     data: Data
     stages: tuple[Stage, ...]
     optimizer: Optimizer = Optimizer()
@@ -200,6 +210,13 @@ class TrainingConfig(Part):
             raise ValueError(
                 f"tokenizer.vocab_size {self.tokenizer.vocab_size} is not the model's {self.model.vocab_size}"
             )
+        lengths = {f"stages.{index}.length": stage.length for index, stage in enumerate(self.stages)}
+        lengths |= {f"evaluation.lengths.{index}": length for index, length in enumerate(self.evaluation.lengths)}
+        for field, length in lengths.items():
+            if length > self.model.max_positions:
+                raise ValueError(f"{field}: {length} is more than model.max_positions {self.model.max_positions}")
+        if self.evaluation.tasks and not self.evaluation.lengths:
+            raise ValueError("evaluation.lengths: there is no length to draw evaluation.tasks at")
         for index, mixed in enumerate(self.data.tasks):
             shortest_stage = min(stage.length for stage in self.stages)
             if mixed.shortest > shortest_stage:
