@@ -7,6 +7,7 @@ goes on as if it had not been: model, optimizers and random state come from the 
 import time
 import warnings
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -26,7 +27,7 @@ from kvell.training.evaluation import evaluate_tasks, evaluate_texts
 from kvell.training.losses import Totals, step_loss
 from kvell.training.optimizers import optimizers, quiet_start, rate, rebalance, set_rates
 from kvell.training.parallel import Processes, clip
-from kvell.training.run import Progress, Run
+from kvell.training.run import Progress, Run, held
 from kvell.training.settings import NewTokenizer, TrainingConfig
 from kvell.training.stopping import StoppedError, StopRequest, stop_requests
 from kvell.training.tokens import BOS, EOS, TokenDocument, read_tokenizer, tokenise, train_tokenizer
@@ -72,7 +73,7 @@ def train(
         torch.set_num_threads(config.threads)
     processes = Processes.of(available_device(config.device))
     try:
-        with stop_requests() as stop:
+        with stop_requests() as stop, held(Path(config.out)) if processes.is_first else nullcontext():
             return Training(config, processes, skip_bad, fresh).run(on_step, stop)
     finally:
         processes.leave()
