@@ -3,6 +3,7 @@ on two processes as on one. Small runs over a mixed config, on files of the stan
 
 import json
 import os
+import resource
 import shutil
 import signal
 import subprocess
@@ -20,6 +21,7 @@ from torch import Tensor
 
 import kvell
 from kvell import cli
+from kvell.config_file import resolve
 from kvell.training import loop
 from kvell.training.corpus import read_corpus
 from kvell.training.settings import Data, TrainingConfig
@@ -251,19 +253,23 @@ def test_a_loss_that_is_no_number_stops_the_run_and_keeps_the_last_good_checkpoi
     assert loop.train(config).reason == "finished"
 
 
-def test_a_full_disk_leaves_the_last_checkpoint(texts: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from kvell.training import run
+def test_a_checkpoint_that_cannot_be_written_leaves_the_last_one_and_says_why_in_one_line(
+    texts: Path, tmp_path: Path
+) -> None:
+    """No file may grow beyond a limit, which torch's writer meets as it would a full disk."""
+    limits, out = resource.getrlimit(resource.RLIMIT_FSIZE), tmp_path / "run"
 
-    out, saved = tmp_path / "run", run.save_state
+    def fill_the_disk_at_seven(report: loop.StepReport) -> None:
+        if report.step == 7:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, limits[1]))
 
-    def full(state: Any, checkpoint_id: Path) -> None:
-        if list(out.glob("checkpoints/step-*")):
-            raise OSError(28, "No space left on device")
-        saved(state, checkpoint_id=checkpoint_id)
-
-    monkeypatch.setattr(run, "save_state", full)
-    with pytest.raises(kvell.CheckpointError, match=r"step-00000012: .*No space left on device; what was there"):
-        loop.train(settings(texts, out))
+    try:
+        with pytest.raises(
+            kvell.CheckpointError, match=r"step-00000012: \[Errno 27\] File too large; what was there"
+        ):
+            loop.train(settings(texts, out), on_step=fill_the_disk_at_seven)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
     assert [path.name for path in (out / "checkpoints").iterdir()] == ["step-00000006"]
 
 
@@ -627,6 +633,21 @@ def test_what_no_step_could_draw_is_refused_before_the_first_and_an_older_run_st
     changes = json.loads(json.dumps(changes).replace("{texts}", str(texts)))
     assert said in refused(texts, tmp_path, capfd, "--fresh", **changes)
     assert older.exists()
+
+
+def test_a_model_is_described_in_place_by_a_file_beside_the_run_s_or_by_a_built_in_name(
+    texts: Path, tmp_path: Path
+) -> None:
+    (tmp_path / "models").mkdir()
+    (tmp_path / "models" / "mixed.yaml").write_text(yaml.safe_dump(MIXED))
+    for model in (MIXED, "models/mixed.yaml", str(tmp_path / "models" / "mixed.yaml")):
+        assert settings(texts, tmp_path / "run", model=model).model == resolve(MIXED, "model")
+    config = settings(texts, tmp_path / "run", model="gemma-4-e2b", tokenizer="somewhere")
+    assert config.model == kvell.ModelConfig.from_pretrained("gemma-4-e2b")
+    with pytest.raises(
+        kvell.CheckpointError, match=r"models/none\.yaml is neither a directory nor a file nor a built-in"
+    ):
+        settings(texts, tmp_path / "run", model="models/none.yaml")
 
 
 def test_the_standard_library_is_there_to_learn_from_with_its_documentation() -> None:

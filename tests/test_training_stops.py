@@ -2,17 +2,19 @@
 
 import json
 import os
+import re
 import signal
 from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
 from test_training import ADAMW, config_file, in_processes, losses, metrics, run_values, texts
 
 import kvell
 from kvell import cli
 from kvell.training import loop
-from kvell.training.run import Run
+from kvell.training.run import Run, held
 from kvell.training.settings import TrainingConfig
 
 __all__ = ["texts"]
@@ -141,6 +143,18 @@ def test_ctrl_c_finishes_the_step_saves_and_says_so(
     assert metrics(tmp_path / "run") == metrics(small_run)
 
 
+def test_a_folder_is_one_run_s_at_a_time(texts: Path, small_run: Path) -> None:
+    with held(small_run), pytest.raises(kvell.InputError, match=r"run is in use by another run: .* another --out"):
+        loop.train(small(texts, small_run))
+    loop.train(small(texts, small_run))
+
+
+def test_a_folder_that_cannot_be_written_to_is_said_before_anything_is_read(texts: Path, small_run: Path) -> None:
+    config = small(texts, small_run).model_copy(update={"out": str(small_run / "config.json" / "run")})
+    with pytest.raises(kvell.CheckpointError, match=r"json/run cannot be written to: Not a directory"):
+        loop.train(config)
+
+
 def test_a_second_ctrl_c_ends_a_run_at_once(texts: Path, tmp_path: Path) -> None:
     def twice(report: loop.StepReport) -> None:
         for _ in range(2):
@@ -156,6 +170,18 @@ def test_a_finished_run_says_again_what_its_model_is_worth(
     file = config_file(small_run.parent, small_values(texts, small_run))
     assert cli.main(["train", str(file), "--json"]) == 0
     assert json.loads(capfd.readouterr().out)["evaluation"] == evaluation(small_run)
+
+
+def test_a_run_begins_by_printing_its_config_resolved(
+    texts: Path, small_run: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    config = small(texts, small_run)
+    assert cli.main(["train", str(small_run.parent / "run.yaml")]) == 0
+    layers, _, others = capfd.readouterr().out.partition("\n\ntokenizer:")
+    assert re.search(r"^ +0 +compressed +2 +1 +8 +8 .* own +default.* gated 24 ", layers, re.MULTILINE)
+    printed = yaml.safe_load("tokenizer:" + others)
+    assert len(others.splitlines()) == len(printed)
+    assert TrainingConfig.of({**printed, "model": config.model}, "printed") == config
 
 
 def test_patience_that_lasts_leaves_the_best_model_too(

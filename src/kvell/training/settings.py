@@ -20,6 +20,7 @@ from pydantic import (
 from kvell.config import ModelConfig, one_line
 from kvell.config_file import read_mapping, resolve
 from kvell.errors import ConfigError
+from kvell.families import builtin_names
 from kvell.layers.part import Part
 from kvell.training.tasks import Task
 
@@ -178,7 +179,7 @@ class Checkpoints(Part):
 class TrainingConfig(Part):
     """A whole run. `tokenizer` is one to train, or a directory that holds one. `start_from` takes the weights of a
     model's directory, which must be of this config; without it they are fresh. `compile` runs the token-wise parts
-    through torch.compile, see compiling.py."""
+    through torch.compile, see compiling.py. Relative paths are seen from where the run is started."""
 
     model: ModelConfig
     tokenizer: Tokenizer
@@ -235,14 +236,15 @@ class TrainingConfig(Part):
     def read(cls, path: str | Path, changes: Mapping[str, Any] | None = None) -> Self:
         """A run's config from a YAML or JSON file; `changes` replace what it says at the top level.
 
-        `model` is a mapping as in a model's own config file, or the path of one, seen from this file's folder.
-        ConfigError or CheckpointError, in one line with the path in the file, for what cannot be.
+        `model` is a mapping as in a model's own config file, a built-in name, or the path of a config, seen from this
+        file's folder. ConfigError or CheckpointError, in one line with the path in the file, for what cannot be.
         """
         values = {**read_mapping(path), **(changes or {})}
         values.setdefault("out", f"runs/{Path(path).stem}")
         model = values.get("model")
         if isinstance(model, str):
-            values["model"] = ModelConfig.from_pretrained(Path(path).parent / model)
+            named = model if model in builtin_names() else Path(path).parent / model
+            values["model"] = ModelConfig.from_pretrained(named)
         elif isinstance(model, Mapping):
             values["model"] = resolve(model, f"{Path(path).name}: model")
         return cls.of(values, Path(path).name)
