@@ -319,9 +319,13 @@ def test_any_mix_of_techniques_goes_on_as_if_it_had_not_been_killed(
     assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
 
 
-def torchrun(count: int, *program: str) -> None:
+def run_by_torchrun(count: int, *program: str) -> subprocess.CompletedProcess[str]:
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={count}", *program]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=300)
+    return subprocess.run(command, capture_output=True, text=True, timeout=300)
+
+
+def torchrun(count: int, *program: str) -> None:
+    done = run_by_torchrun(count, *program)
     assert done.returncode == 0, f"exit code {done.returncode}; {done.stderr}"
     assert "FSDP" not in done.stderr, done.stderr
 
@@ -648,6 +652,23 @@ def test_a_model_is_described_in_place_by_a_file_beside_the_run_s_or_by_a_built_
         kvell.CheckpointError, match=r"models/none\.yaml is neither a directory nor a file nor a built-in"
     ):
         settings(texts, tmp_path / "run", model="models/none.yaml")
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"lr": 0.1}, "error: run.yaml: lr: unknown field"),
+        ({"tokenizer": "/nowhere"}, "error: /nowhere/tokenizer.json cannot be read"),
+    ],
+)
+def test_what_is_wrong_for_all_processes_is_said_by_one(
+    texts: Path, tmp_path: Path, changes: dict[str, Any], said: str
+) -> None:
+    """Before the processes are connected, and when they work together."""
+    file = config_file(tmp_path, run_values(texts, tmp_path / "run", **changes))
+    done = run_by_torchrun(2, "-m", "kvell.train", str(file))
+    assert done.returncode == 1
+    assert done.stderr.count(said) == 1, done.stderr
 
 
 def test_the_standard_library_is_there_to_learn_from_with_its_documentation() -> None:
