@@ -200,8 +200,11 @@ def test_a_changed_config_is_refused_and_the_differing_keys_listed(texts: Path, 
         loop.train(changed)
 
 
-def test_gradient_accumulation_changes_nothing_but_rounding(texts: Path, tmp_path: Path) -> None:
-    """The same pieces in one micro-batch or in two: the loss is divided by what the whole step has."""
+def test_gradient_accumulation_of_what_counts_by_tokens_changes_nothing_but_rounding(
+    texts: Path, tmp_path: Path
+) -> None:
+    """The same pieces in one micro-batch or in two: the loss is divided by what the whole step has. The losses that
+    even out experts and align indexers are means over micro-batches, and not among them."""
     config = settings(texts, tmp_path / "run", losses={"index": 0, "balance": 0, "bias_rate": 0})
     training = loop.Training(config, loop.Processes.of(torch.device("cpu")), False, False)
     stages = config.stages
@@ -345,12 +348,46 @@ def whole_by_adamw(texts: Path, tmp_path_factory: pytest.TempPathFactory) -> Pat
     return out
 
 
-def test_two_sharded_processes_equal_one(texts: Path, whole_by_adamw: Path, tmp_path: Path) -> None:
+@pytest.fixture(scope="module")
+def whole_in_two(texts: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The same in two processes."""
+    out = tmp_path_factory.mktemp("whole") / "run"
+    in_processes(config_file(out.parent, run_values(texts, out, optimizer=ADAMW)), 2)
+    return out
+
+
+def test_two_sharded_processes_equal_one(whole_by_adamw: Path, whole_in_two: Path) -> None:
     """FSDP2 over a config that mixes everything, sharing across its units included: 20 steps to 1e-5."""
+    assert len(losses(whole_in_two)) == STEPS
+    assert losses(whole_in_two) == pytest.approx(losses(whole_by_adamw), abs=1e-5)
+
+
+def test_two_processes_killed_together_go_on_as_if_they_had_not_been(
+    texts: Path, whole_in_two: Path, tmp_path: Path
+) -> None:
+    """To the last bit: SIGKILL to both in step 9, three steps behind the last checkpoint."""
     out = tmp_path / "run"
-    in_processes(config_file(tmp_path, run_values(texts, out, optimizer=ADAMW)), 2)
-    assert len(losses(out)) == STEPS
-    assert losses(out) == pytest.approx(losses(whole_by_adamw), abs=1e-5)
+    file = config_file(tmp_path, run_values(texts, out, optimizer=ADAMW))
+    program = tmp_path / "killed.py"
+    program.write_text(
+        f"""
+import os, signal
+from kvell.training import loop
+from kvell.training.settings import TrainingConfig
+
+def die_at_nine(report):
+    if report.step == 9:
+        os.kill(os.getpid(), signal.SIGKILL)
+
+loop.train(TrainingConfig.read({str(file)!r}), on_step=die_at_nine)
+"""
+    )
+    assert run_by_torchrun(2, str(program)).returncode != 0
+    assert [path.name for path in (out / "checkpoints").iterdir()] == ["step-00000006"]
+    in_processes(file, 2)
+    assert metrics(out) == metrics(whole_in_two)
+    ours, theirs = weights(out), weights(whole_in_two)
+    assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
 
 
 def test_a_checkpoint_of_one_process_goes_on_in_two(texts: Path, whole_by_adamw: Path, tmp_path: Path) -> None:

@@ -2,8 +2,11 @@
 
 import json
 import os
+import random
 import re
 import signal
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -199,6 +202,44 @@ def test_patience_that_lasts_leaves_the_best_model_too(
     best = dict(kvell.from_pretrained(tmp_path / "run").named_tensors())["embedding.weight"]
     assert best.equal(embeddings[1])
     assert not best.equal(embeddings[2])
+
+
+def test_a_run_killed_again_and_again_at_random_moments_ends_as_if_it_had_not_been(
+    texts: Path, tmp_path: Path
+) -> None:
+    """SIGKILL, with a checkpoint after every step: while texts are read, in steps, in checkpoints, at the end. Every
+    attempt is forked from a process that has loaded everything."""
+    changes = {"stages": [{"steps": 30, "length": 128, "tokens": 256}], "checkpoints": {"every": 1}}
+    loop.train(small(texts, tmp_path / "whole" / "run", **changes))
+    out = tmp_path / "killed" / "run"
+    file = config_file(out.parent, small_values(texts, out, **changes))
+    seed = random.randrange(10**9)
+    done = subprocess.run([sys.executable, "-c", KILLING, str(file), str(seed)], capture_output=True, timeout=300)
+    assert done.returncode == 0, f"seed {seed}: {done.stderr.decode()}"
+    assert metrics(out) == metrics(tmp_path / "whole" / "run"), f"seed {seed}"
+    assert evaluation(out) == evaluation(tmp_path / "whole" / "run"), f"seed {seed}"
+    ours, theirs = (kvell.from_pretrained(folder).fingerprint() for folder in (out, tmp_path / "whole" / "run"))
+    assert ours == theirs, f"seed {seed}"
+
+
+KILLING = """
+import os, random, signal, sys, time
+from kvell.training import loop
+from kvell.training.settings import TrainingConfig
+
+config, rng = TrainingConfig.read(sys.argv[1]), random.Random(int(sys.argv[2]))
+for attempt in range(9):
+    child = os.fork()
+    if child == 0:
+        loop.train(config)
+        os._exit(0)
+    if attempt < 8:
+        time.sleep(rng.uniform(0.1, 0.6))
+        os.kill(child, signal.SIGKILL)
+    _, status = os.waitpid(child, 0)
+    if os.WIFEXITED(status):
+        sys.exit(os.WEXITSTATUS(status))
+"""
 
 
 def test_every_generated_task_can_stand_among_the_texts_and_be_evaluated(texts: Path, tmp_path: Path) -> None:

@@ -144,8 +144,8 @@ class Losses(Part):
     """What the model learns from besides the next token: weights of the other losses, 0 for none.
 
     `answers` weighs the mean loss of a task's known answers. `draft` is the draft block's loss for the token after
-    the next, `index` what aligns indexers with attention, `balance` what evens out experts; `bias_rate` moves the
-    routers' selection biases against the load after every step, instead of by a loss.
+    the next, `index` what aligns indexers with attention, `balance` what evens out experts, both within a
+    micro-batch; `bias_rate` moves the routers' selection biases against the load after every step, not by a loss.
     """
 
     answers: NonNegativeFloat = 1.0
