@@ -76,7 +76,7 @@ def texts(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("corpus") / "texts"
     folder.mkdir()
     library = Path(sysconfig.get_path("stdlib"))
-    for name in ("bisect", "cmd", "colorsys", "contextlib", "copy", "glob", "heapq", "hmac"):
+    for name in ("bisect", "cmd", "colorsys", "copy", "fnmatch", "glob", "heapq", "hmac"):
         (folder / f"{name}.txt").write_bytes((library / f"{name}.py").read_bytes())
     return folder
 
@@ -166,8 +166,9 @@ def test_a_run_stopped_by_sigterm_goes_on_as_if_it_had_not_been(texts: Path, who
     assert not (tmp_path / "run" / "model.safetensors").exists()
     assert loop.train(config).reason == "finished"
     assert metrics(tmp_path / "run") == metrics(whole)
+    theirs = weights(whole)
     for name, tensor in weights(tmp_path / "run").items():
-        assert torch.equal(tensor, weights(whole)[name]), name
+        assert torch.equal(tensor, theirs[name]), name
 
 
 def test_a_run_killed_at_any_moment_goes_on_from_its_last_checkpoint(
@@ -230,12 +231,31 @@ def test_gradient_accumulation_of_what_counts_by_tokens_changes_nothing_but_roun
         torch.testing.assert_close(one, other, atol=1e-6, rtol=1e-4)
 
 
+BRIEF = {
+    "stages": [
+        {"steps": 4, "length": 128, "tokens": 512, "micro_batches": 2},
+        {"steps": 3, "length": 256, "tokens": 512, "micro_batches": 2},
+    ],
+    "evaluation": {},
+}
+
+
+@pytest.fixture(scope="module")
+def brief(texts: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    out = tmp_path_factory.mktemp("brief") / "run"
+    loop.train(settings(texts, out, **BRIEF))
+    return out
+
+
+def next_losses(out: Path) -> list[float]:
+    return [line["next"] for line in metrics(out) if "next" in line]
+
+
 @pytest.mark.parametrize("changes", [{"precision": "bfloat16"}, {"activation_checkpointing": True}])
-def test_other_ways_to_compute_learn_alike(texts: Path, whole: Path, tmp_path: Path, changes: dict[str, Any]) -> None:
-    loop.train(settings(texts, tmp_path / "run", **changes))
-    tolerance = 0.1 if "precision" in changes else 1e-3
-    ours, theirs = ([line["next"] for line in metrics(out) if "next" in line] for out in (tmp_path / "run", whole))
-    assert ours == pytest.approx(theirs, abs=tolerance)
+def test_other_ways_to_compute_learn_alike(texts: Path, brief: Path, tmp_path: Path, changes: dict[str, Any]) -> None:
+    loop.train(settings(texts, tmp_path / "run", **BRIEF, **changes))
+    tolerance = 0.05 if "precision" in changes else 1e-3
+    assert next_losses(tmp_path / "run") == pytest.approx(next_losses(brief), abs=tolerance)
 
 
 def test_a_loss_that_is_no_number_stops_the_run_and_keeps_the_last_good_checkpoint(
@@ -403,9 +423,7 @@ def test_a_checkpoint_of_one_process_goes_on_in_two(texts: Path, whole_by_adamw:
     assert losses(out) == pytest.approx(losses(whole_by_adamw), abs=1e-5)
 
 
-def test_a_signal_to_one_process_ends_all_after_the_same_step(
-    texts: Path, whole_by_adamw: Path, tmp_path: Path
-) -> None:
+def test_a_signal_to_one_process_ends_all_after_the_same_step_and_saves_it(texts: Path, tmp_path: Path) -> None:
     out = tmp_path / "run"
     file = config_file(tmp_path, run_values(texts, out, optimizer=ADAMW))
     program = tmp_path / "stopped.py"
@@ -424,16 +442,15 @@ assert (outcome.reason, outcome.step) == ("stopped", 9), outcome
 """
     )
     torchrun(2, str(program))
-    in_processes(file, 2)
-    assert losses(out) == pytest.approx(losses(whole_by_adamw), abs=1e-5)
+    assert [path.name for path in (out / "checkpoints").iterdir()] == ["step-00000009"]
 
 
-def test_muon_learns_alike_on_two_processes(texts: Path, whole: Path, tmp_path: Path) -> None:
+def test_muon_learns_alike_on_two_processes(texts: Path, brief: Path, tmp_path: Path) -> None:
     out = tmp_path / "run"
-    in_processes(config_file(tmp_path, run_values(texts, out)), 2)
-    ours, theirs = ([line["next"] for line in metrics(folder) if "next" in line] for folder in (out, whole))
+    in_processes(config_file(tmp_path, run_values(texts, out, **BRIEF)), 2)
+    ours, theirs = next_losses(out), next_losses(brief)
     assert ours[0] == pytest.approx(theirs[0], abs=1e-5)
-    assert ours == pytest.approx(theirs, abs=0.1)
+    assert ours == pytest.approx(theirs, abs=0.05)
 
 
 def test_a_step_that_cannot_be_divided_over_the_processes_is_refused(texts: Path, tmp_path: Path) -> None:
