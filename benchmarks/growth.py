@@ -6,7 +6,8 @@
 
 Four layers of the same width, with one technique each, beside plain grouped-query attention and all techniques
 together. One sequence grows: prefill time at n tokens is the sum of the pieces up to n, decode is the median of the
-tokens after it. The fitted exponent k says that a figure grows as n^k, by least squares over the longer half.
+tokens after it. The fitted exponent k says that a figure grows as n^k, by least squares over the longer half. What
+the planner says of FLOPs and bytes stands beside what was measured, for all lengths.
 """
 
 import argparse
@@ -14,13 +15,14 @@ import json
 import math
 import sys
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+import kvell
 from benchmarks import machine
 from benchmarks.processes import WorkerError, workers
-from benchmarks.reporting import Goal, Section, mebibytes, median, seconds, table, write_results
+from benchmarks.reporting import Goal, Section, flops, mebibytes, median, seconds, table, write_results
 
 SHORTEST, LONGEST, QUICK_LONGEST = 1024, 1 << 20, 8192
 BUDGET, QUICK_BUDGET = 30.0, 4.0
@@ -112,6 +114,20 @@ def measure(technique: str, longest: int, budget: float, threads: int) -> dict[s
         return found
 
 
+def planned(technique: str, longest: int) -> dict[str, dict[str, float]]:
+    """What the planner says of the same lengths."""
+    found = {}
+    for length in lengths(longest):
+        plan = kvell.plan(kvell.ModelConfig.from_dict(config_of(technique)), length, dtype="float32")
+        found[str(length)] = {
+            "prefill_flops": float(sum(plan.prefill_flops.values())),
+            "decode_flops": float(plan.flops_per_token),
+            "read_bytes": float(plan.read_bytes),
+            "cache_bytes": float(plan.cache_bytes),
+        }
+    return found
+
+
 def exponent(points: Sequence[tuple[float, float]]) -> float | None:
     """The k of y ~ n^k by least squares over the logarithms of the longer half of the points; None below two."""
     kept = sorted((math.log(n), math.log(y)) for n, y in points if n > 0 and y > 0)
@@ -124,7 +140,8 @@ def exponent(points: Sequence[tuple[float, float]]) -> float | None:
 
 
 def exponents(found: dict[str, dict[str, float]]) -> dict[str, float | None]:
-    whats = ("prefill", "decode", "peak_bytes", "cache_bytes")
+    """Of every figure that was found."""
+    whats = next(iter(found.values()), {})
     return {what: exponent([(int(n), figures[what]) for n, figures in found.items()]) for what in whats}
 
 
@@ -139,29 +156,50 @@ def flatness_goals(results: dict[str, dict[str, dict[str, float]]]) -> list[Goal
     return goals
 
 
-def tables_of(results: dict[str, dict[str, dict[str, float]]]) -> list[str]:
-    """A table for each of prefill, decode and memory; the last column is the fitted exponent."""
-    measured = sorted({int(n) for found in results.values() for n in found})
-    tables = []
-    for title, what, write in (
-        ("Prefill time", "prefill", seconds),
-        ("Decode time of a token", "decode", seconds),
-        ("Cache", "cache_bytes", mebibytes),
-        ("Peak memory above the weights", "peak_bytes", mebibytes),
-    ):
-        rows = []
-        for technique, found in results.items():
-            cells = [write(found[str(n)][what]) if str(n) in found else "" for n in measured]
-            fitted = exponents(found)[what]
-            rows.append([technique, *cells, "-" if fitted is None else f"{fitted:.2f}"])
-        header = ["", *(f"{n // 1024}K" if n < 1 << 20 else "1M" for n in measured), "exponent"]
-        tables.append(f"{title}:\n\n{table(header, rows)}")
-    return tables
+def tables_of(
+    results: dict[str, dict[str, dict[str, float]]], plans: dict[str, dict[str, dict[str, float]]]
+) -> list[str]:
+    """A table for each figure, measured and planned; the last column is the fitted exponent."""
+    shown: list[tuple[str, str, Callable[[float], str], dict[str, dict[str, dict[str, float]]]]] = [
+        ("Prefill time", "prefill", seconds, results),
+        ("Planned FLOPs of a prefill", "prefill_flops", flops, plans),
+        ("Decode time of a token", "decode", seconds, results),
+        ("Planned FLOPs of a decoded token", "decode_flops", flops, plans),
+        ("Planned bytes read for a decoded token", "read_bytes", mebibytes, plans),
+        ("Cache", "cache_bytes", mebibytes, results),
+        ("Planned cache", "cache_bytes", mebibytes, plans),
+        ("Peak memory above the weights", "peak_bytes", mebibytes, results),
+    ]
+    return [f"{title}:\n\n{_table_of(what, write, figures)}" for title, what, write, figures in shown]
+
+
+def _table_of(what: str, write: Callable[[float], str], by_technique: dict[str, dict[str, dict[str, float]]]) -> str:
+    columns = sorted({int(n) for found in by_technique.values() for n in found})
+    rows = []
+    for technique, found in by_technique.items():
+        cells = [write(found[str(n)][what]) if str(n) in found else "" for n in columns]
+        fitted = exponents(found)[what]
+        rows.append([technique, *cells, "-" if fitted is None else f"{fitted:.2f}"])
+    header = ["", *(f"{n // 1024}K" if n < 1 << 20 else "1M" for n in columns), "exponent"]
+    return table(header, rows)
+
+
+def cache_goal(
+    results: dict[str, dict[str, dict[str, float]]], plans: dict[str, dict[str, dict[str, float]]]
+) -> Goal:
+    """How many caches hold just what was planned."""
+    held = [
+        (figures["cache_bytes"], plans[name][n]["cache_bytes"])
+        for name, found in results.items()
+        for n, figures in found.items()
+    ]
+    right = sum(measured == said for measured, said in held)
+    return Goal(4, "caches as planned to the byte", right, "at least", len(held), f"of {len(held)}")
 
 
 def run(techniques: Sequence[str], *, longest: int, budget: float, threads: int = 2) -> Section:
     results: dict[str, dict[str, dict[str, float]]] = {}
-    notes, goals = [], []
+    notes = []
     for technique in techniques:
         try:
             results[technique] = measure(technique, longest, budget, threads)
@@ -171,10 +209,15 @@ def run(techniques: Sequence[str], *, longest: int, budget: float, threads: int 
             continue
         reached = list(results[technique])[-1]
         print(f"{technique}: up to {reached} tokens", file=sys.stderr, flush=True)
+    plans = {technique: planned(technique, longest) for technique in results}
     goals = flatness_goals(results)
     goals.append(Goal(4, "techniques measured", len(results), "at least", len(techniques), "techniques"))
-    figures = {name: {"contexts": found, "exponents": exponents(found)} for name, found in results.items()}
-    return Section("Cost by growth", tables_of(results), goals, figures, notes)
+    goals.append(cache_goal(results, plans))
+    figures = {
+        name: {"contexts": found, "exponents": exponents(found), "planned": plans[name]}
+        for name, found in results.items()
+    }
+    return Section("Cost by growth", tables_of(results, plans), goals, figures, notes)
 
 
 def main() -> None:

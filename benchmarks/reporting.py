@@ -93,6 +93,12 @@ def mebibytes(value: float | None) -> str:
     return "-" if value is None else f"{value / 2**20:.3g} MiB" if value < 999 * 2**20 else f"{value / 2**20:.0f} MiB"
 
 
+def flops(value: float) -> str:
+    """In thousands, millions ... of floating-point operations."""
+    power = min(int(math.log10(value) // 3), 5) if value >= 1 else 0
+    return f"{value / 1000**power:.4g} {['-', 'K', 'M', 'G', 'T', 'P'][power]}".removesuffix(" -")
+
+
 def ratio(value: float | None) -> str:
     return "-" if value is None else f"{value:.2f} x"
 

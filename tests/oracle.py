@@ -523,11 +523,14 @@ def loss_of(logits: Tensor, tokens: Tensor) -> Tensor:
 
 
 def assert_gradients_agree(ours: nn.Module, theirs: nn.Module, names: Mapping[str, str]) -> None:
-    """The named parameters' gradients (ours: theirs) differ by at most 1e-4 of the larger one's norm."""
+    """The named parameters' gradients (ours: theirs) differ by at most 1e-4 of theirs, and 1e-6 of the
+    steepest one: a few numbers are sums in which almost all cancels out."""
     our_parameters, their_parameters = dict(ours.named_parameters()), dict(theirs.named_parameters())
+    gradients = [their_parameters[name].grad for name in names.values()]
+    steepest = max(gradient.norm() for gradient in gradients if gradient is not None)
     for our_name, their_name in names.items():
         mine, other = our_parameters[our_name].grad, their_parameters[their_name].grad
         assert mine is not None, f"{our_name} has no gradient"
         assert other is not None, f"{their_name} has no gradient"
         assert other.norm() > 1e-5, f"{their_name}: a zero gradient proves nothing"
-        assert (mine - other).norm() <= 1e-4 * other.norm(), our_name
+        assert (mine - other).norm() <= 1e-4 * other.norm() + 1e-6 * steepest, our_name

@@ -170,7 +170,10 @@ def test_growth_stops_where_the_budget_ends_but_not_before_what_goal_1_needs(mon
     assert list(windows["contexts"]) == ["64", "128", "256"]
     assert all(set(at) == {"prefill", "decode", "peak_bytes", "cache_bytes"} for at in windows["contexts"].values())
     assert windows["exponents"]["cache_bytes"] is not None
-    assert [goal.met for goal in section.goals] == [None, None, None, True]
+    assert [goal.met for goal in section.goals] == [None, None, None, True, True]
+    planned = section.figures["plain"]["planned"]
+    assert list(planned) == ["64", "128", "256"]
+    assert planned["64"]["cache_bytes"] == section.figures["plain"]["contexts"]["64"]["cache_bytes"]
 
 
 def test_decoding_that_grows_misses_its_flatness_goal() -> None:

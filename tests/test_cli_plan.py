@@ -152,6 +152,11 @@ def test_wrong_input_is_refused_in_one_line(
     assert err.count("\n") == 1
 
 
+def test_an_unknown_name_is_refused_with_the_references_too(capsys: pytest.CaptureFixture[str]) -> None:
+    _, _, err = run(capsys, "nowhere")
+    assert err.endswith("; references to compare with are deepseek-v3.2, llama-3.1-8b, llama-2-7b\n")
+
+
 def test_an_unknown_model_type_is_refused_with_the_known_ones(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -2,6 +2,8 @@
 
 import json
 import re
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -196,3 +198,9 @@ def test_wrong_input_is_refused(options: dict[str, object], message: str) -> Non
 def test_a_config_of_no_family_has_no_released_format() -> None:
     with pytest.raises(InputError, match="of no released family"):
         kvell.plan("llama-2-7b", 100, dtype="released")
+
+
+def test_a_plan_starts_no_compiler() -> None:
+    """Importing torch's compiler takes as long as importing torch."""
+    code = "import sys, kvell; kvell.plan('gemma-4-e2b', 64); sys.exit('torch._dynamo' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from kvell.config import DraftConfig, ModelConfig
 from kvell.layer import Layer
+from kvell.layers.linear import Linear
 from kvell.layers.norms import RMSNorm
 from kvell.step import Step
 
@@ -26,8 +27,8 @@ class DraftBlock(nn.Module):
         hidden, site = config.hidden_size, config.site(config.num_layers)
         self.embedding_norm = RMSNorm(hidden, config.norm_eps)
         self.residual_norm = RMSNorm(hidden, config.norm_eps)
-        self.embedding_proj = nn.Linear(hidden, hidden, bias=False)
-        self.residual_proj = nn.Linear(hidden, hidden, bias=False)
+        self.embedding_proj = Linear(hidden, hidden, bias=False)
+        self.residual_proj = Linear(hidden, hidden, bias=False)
         self.ends = config.connection.build_ends(site)
         self.layer = Layer(config, draft.layer, config.num_layers, per_layer_embedding=False)
         self.norm = RMSNorm(hidden, config.norm_eps)

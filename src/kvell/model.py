@@ -21,7 +21,9 @@ from kvell.config import ModelConfig
 from kvell.draft import DraftBlock
 from kvell.errors import CacheError, InputError
 from kvell.kernels.heap import keep_freed_memory
+from kvell.kernels.linear import linear
 from kvell.layer import Layer
+from kvell.layers.linear import Linear
 from kvell.layers.norms import RMSNorm
 from kvell.layers.per_layer_embedding import MappedTable
 from kvell.step import Observed, Step
@@ -51,7 +53,7 @@ class Decoder(nn.Module):
         )
         self.norm = RMSNorm(config.hidden_size, config.norm_eps)
         if not config.tied_head:
-            self.head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+            self.head = Linear(config.hidden_size, config.vocab_size, bias=False)
         self.draft_block = DraftBlock(config, config.draft) if config.draft else None
         self._sources = config.reads()
         self._streams, self._draft_streams = config.streams(), config.draft_streams()
@@ -293,7 +295,7 @@ class Decoder(nn.Module):
 
     def _logits(self, x: Float[Tensor, "T C"]) -> Float[Tensor, "T V"]:
         weight = self.embedding.weight if self.config.tied_head else self.head.weight
-        logits = nn.functional.linear(x, weight)
+        logits = linear(x, weight)
         cap = self.config.logit_softcap
         return logits if cap is None else torch.tanh(logits / cap) * cap
 

@@ -11,7 +11,7 @@ references in a block of code:
 interpreter (TRITON_INTERPRET=1, set before Triton is first imported). Kernels without one run their fast version.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
 from importlib.util import find_spec
@@ -43,12 +43,8 @@ def use(version: Version) -> Iterator[None]:
         _version.reset(token)
 
 
-def _chosen() -> Version:
+def chosen() -> Version:
     return _version.get()
-
-
-# What torch.compile has compiled keeps the version that was chosen when it was compiled.
-chosen: Callable[[], Version] = torch.compiler.assume_constant_result(_chosen)
 
 
 def reference_wanted() -> bool:

@@ -47,7 +47,10 @@ def compressed_attention(
         from kvell.kernels.triton.compressed import compressed_attention as in_triton
 
         return in_triton(query, rows, entries, visible, picks, sink, scale=scale, window=window)
-    run = compressed_attention_reference if reference_wanted() else compressed_attention_blocked
+    if reference_wanted():
+        run = compressed_attention_reference
+    else:
+        run = compressed_attention_of_one if len(query) == 1 else compressed_attention_blocked
     return run(query, rows, entries, visible, picks, sink, scale=scale, window=window)
 
 
@@ -71,6 +74,26 @@ def compressed_attention_reference(
         scores = torch.cat([sink.float()[:, None], q.float() @ attended.T * scale], dim=1)
         outputs.append(scores.softmax(-1)[:, 1:] @ attended)
     return torch.stack(outputs).to(query.dtype)
+
+
+def compressed_attention_of_one(
+    query: Float[Tensor, "1 H D"],
+    rows: Float[Tensor, "S D"],
+    entries: Float[Tensor, "E D"],
+    visible: Int[Tensor, " 1"],
+    picks: Int[Tensor, "1 P"] | None,
+    sink: Float[Tensor, " H"],
+    *,
+    scale: float,
+    window: int,
+) -> Float[Tensor, "1 H D"]:
+    """A single query sees all of what is cut out for it: nothing to mask."""
+    q, near, seen = query[0] * scale, rows[-window:], int(visible)
+    # Picks ascend, and those of none stand behind them.
+    far = entries[:seen] if picks is None else entries[picks[0, : min(seen, picks.shape[1])]]
+    scores = torch.cat([sink.float()[:, None], (q @ near.T).float(), (q @ far.T).float()], dim=1)
+    weights = scores.softmax(-1).to(q.dtype)
+    return torch.addmm(weights[:, 1 : 1 + len(near)] @ near, weights[:, 1 + len(near) :], far)[None]
 
 
 def compressed_attention_blocked(

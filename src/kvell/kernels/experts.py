@@ -10,9 +10,9 @@ from collections.abc import Callable
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
-from torch.nn import functional as F
 
 from kvell.kernels.choice import reference_wanted
+from kvell.kernels.linear import linear
 
 
 def experts(
@@ -58,8 +58,8 @@ def experts_of_one_token(
         if expert == len(gate_up):
             outputs.append(torch.zeros_like(x))
         else:
-            gate, up = F.linear(x, gate_up[expert]).chunk(2, dim=-1)
-            outputs.append(F.linear(unit(gate, up), down[expert]))
+            gate, up = linear(x, gate_up[expert]).chunk(2, dim=-1)
+            outputs.append(linear(unit(gate, up), down[expert]))
     return weights @ torch.cat(outputs)
 
 
@@ -81,8 +81,8 @@ def experts_grouped(
         if expert == num_experts:
             outputs.append(torch.zeros_like(rows))
         elif len(rows):
-            gate, up = F.linear(rows, gate_up[expert]).chunk(2, dim=-1)
-            outputs.append(F.linear(unit(gate, up), down[expert]))
+            gate, up = linear(rows, gate_up[expert]).chunk(2, dim=-1)
+            outputs.append(linear(unit(gate, up), down[expert]))
     weighted = torch.cat(outputs) * weights.flatten()[order, None]
     # Back in the tokens' order and summed there: adding up in place would depend on the device's timing.
     return weighted[order.argsort()].unflatten(0, chosen.shape).sum(1)

@@ -24,8 +24,7 @@ def rotate_last(
 ) -> Float[Tensor, "T heads D"]:
     """Turns the last 2 x pairs channels of every head, each pair side by side, in the dtype of cos and sin."""
     width = 2 * cos.shape[-1]
-    cos, sin = cos[:, None], sin[:, None]
     rest, pairs = x[..., :-width], x[..., -width:].to(cos.dtype).unflatten(-1, (-1, 2))
-    a, b = pairs.unbind(-1)
-    turned = torch.stack([a * cos - b * sin, b * cos + a * sin], dim=-1).flatten(-2)
-    return torch.cat([rest, turned.to(x.dtype)], dim=-1)
+    # A pair is a complex number, and turning it one product.
+    turned = torch.complex(*pairs.unbind(-1)) * torch.complex(cos, sin)[:, None]
+    return torch.cat([rest, torch.view_as_real(turned).flatten(-2).to(x.dtype)], dim=-1)

@@ -53,6 +53,7 @@ from kvell.layers.cost import Cost, Technique, Work, linear, norm, together, vec
 from kvell.layers.grouped_query import GroupedQuery
 from kvell.layers.indexer import EntryIndexer, Indexer
 from kvell.layers.key_values import KEY_VALUES, unlike
+from kvell.layers.linear import Linear
 from kvell.layers.norms import RMSNorm
 from kvell.layers.part import Part, Site
 from kvell.layers.precision import KeepsFp32
@@ -270,18 +271,18 @@ class CompressedAttention(KeepsFp32):
         super().__init__()
         self.config, self.index = config, site.index
         hidden, heads, width = site.hidden_size, config.num_heads, config.head_dim
-        self.q_a_proj = nn.Linear(hidden, config.query_rank, bias=False)
+        self.q_a_proj = Linear(hidden, config.query_rank, bias=False)
         self.q_a_norm = RMSNorm(config.query_rank, site.norm_eps)
-        self.q_b_proj = nn.Linear(config.query_rank, heads * width, bias=False)
+        self.q_b_proj = Linear(config.query_rank, heads * width, bias=False)
         self.q_norm = RMSNorm(width, site.norm_eps, weighted=False)
         if config.kv_source is None:
-            self.kv_proj = nn.Linear(hidden, width, bias=False)
+            self.kv_proj = Linear(hidden, width, bias=False)
             self.kv_norm = RMSNorm(width, site.norm_eps)
         self.sink = nn.Parameter(torch.zeros(heads, dtype=torch.float32))
         # The rows of o_a_proj are the groups' projections, one after another.
         groups, rank = config.output_groups, config.output_rank
-        self.o_a_proj = nn.Linear(heads * width // groups, groups * rank, bias=False)
-        self.o_b_proj = nn.Linear(groups * rank, hidden, bias=False)
+        self.o_a_proj = Linear(heads * width // groups, groups * rank, bias=False)
+        self.o_b_proj = Linear(groups * rank, hidden, bias=False)
         self.compressor = self.indexer = None
         if config.compressor is not None:
             rotary, turned = config.rotary, config.rotary_width

@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from kvell.cache import StreamSpec
 from kvell.kernels.compressor import pooled_entries
 from kvell.layers.cost import Cost, linear, norm, together, vector
+from kvell.layers.linear import Linear
 from kvell.layers.norms import RMSNorm
 from kvell.layers.part import Part, Site
 from kvell.layers.precision import KeepsFp32
@@ -79,8 +80,8 @@ class EntryCompressor(KeepsFp32):
         self.config, self.index, self.name, self.width = config, site.index, name, width
         self.rotary, self.rotary_width, self.rounding = rotary, rotary_width, rounding
         channels = width * (2 if config.overlap else 1)
-        self.kv_proj = nn.Linear(site.hidden_size, channels, bias=False)
-        self.gate_proj = nn.Linear(site.hidden_size, channels, bias=False)
+        self.kv_proj = Linear(site.hidden_size, channels, bias=False)
+        self.gate_proj = Linear(site.hidden_size, channels, bias=False)
         self.position_bias = nn.Parameter(torch.zeros(config.ratio, channels, dtype=torch.float32))
         self.norm = RMSNorm(width, site.norm_eps)
 

@@ -33,6 +33,7 @@ from kvell.kernels.convolution import convolved_heads
 from kvell.layers.cost import Cost, Technique, Weight, Work, linear, together, vector
 from kvell.layers.grouped_query import GroupedQuery
 from kvell.layers.key_values import KEY_VALUES, KeyValues, unlike
+from kvell.layers.linear import Linear
 from kvell.layers.part import Part, Site
 from kvell.layers.rotary import Rotary, check_turns
 
@@ -177,16 +178,16 @@ class ConvolutionalAttention(nn.Module):
         self.config, self.index = config, site.index
         hidden, bias = site.hidden_size, config.bias
         query_width, key_width = config.num_heads * config.head_dim, config.num_kv_heads * config.head_dim
-        self.q_proj = nn.Linear(hidden, query_width, bias=bias)
+        self.q_proj = Linear(hidden, query_width, bias=bias)
         if config.kv_source is None:
-            self.k_proj = nn.Linear(hidden, key_width, bias=bias)
-            self.v_proj_current = nn.Linear(hidden, key_width // 2, bias=bias)
-            self.v_proj_delayed = nn.Linear(hidden, key_width // 2, bias=bias)
+            self.k_proj = Linear(hidden, key_width, bias=bias)
+            self.v_proj_current = Linear(hidden, key_width // 2, bias=bias)
+            self.v_proj_delayed = Linear(hidden, key_width // 2, bias=bias)
             self.temperature = nn.Parameter(torch.ones(config.num_kv_heads))
         channels, heads = config.channels, config.num_heads + config.own_kv_heads
         self.conv_depthwise = nn.Conv1d(channels, channels, config.depthwise_kernel, groups=channels)
         self.conv_grouped = nn.Conv1d(channels, channels, config.grouped_kernel, groups=heads)
-        self.o_proj = nn.Linear(query_width, hidden, bias=bias)
+        self.o_proj = Linear(query_width, hidden, bias=bias)
 
     def forward(self, x: Float[Tensor, "T C"], step: "Step", wanted: "Step | None" = None) -> Float[Tensor, "W C"]:
         """`wanted` narrows the queries to some of the step's tokens: W = T without it."""

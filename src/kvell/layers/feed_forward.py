@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from kvell.layers.cost import Cost, WeightPart, linear, together
+from kvell.layers.linear import Linear
 from kvell.layers.part import Part, Site
 
 if TYPE_CHECKING:
@@ -71,9 +72,9 @@ class GatedFeedForward(nn.Module):
     def __init__(self, config: GatedMLP, hidden_size: int) -> None:
         super().__init__()
         self.unit = GatedUnit(config.activation, config.limit)
-        self.gate_proj = nn.Linear(hidden_size, config.intermediate_size, bias=False)
-        self.up_proj = nn.Linear(hidden_size, config.intermediate_size, bias=False)
-        self.down_proj = nn.Linear(config.intermediate_size, hidden_size, bias=False)
+        self.gate_proj = Linear(hidden_size, config.intermediate_size, bias=False)
+        self.up_proj = Linear(hidden_size, config.intermediate_size, bias=False)
+        self.down_proj = Linear(config.intermediate_size, hidden_size, bias=False)
 
     def forward(self, x: Float[Tensor, "T C"], step: "Step | None" = None) -> Float[Tensor, "T C"]:
         return self.down_proj(self.unit(self.gate_proj(x), self.up_proj(x)))

@@ -20,6 +20,7 @@ from kvell.cache import StreamSpec
 from kvell.kernels.attention import attention
 from kvell.layers.cost import Cost, Technique, Work, linear, norm, together
 from kvell.layers.key_values import KEY_VALUES, KeyValues, unlike
+from kvell.layers.linear import Linear
 from kvell.layers.norms import RMSNorm
 from kvell.layers.part import Part, Site
 from kvell.layers.rotary import Rotary, check_turns
@@ -138,18 +139,18 @@ class GroupedQueryAttention(nn.Module):
         self.index = site.index
         hidden, heads, width = site.hidden_size, config.num_heads, config.head_dim
         self.scale = config.scale or width**-0.5
-        self.q_proj = nn.Linear(hidden, heads * width, bias=config.bias)
+        self.q_proj = Linear(hidden, heads * width, bias=config.bias)
         self.q_norm = RMSNorm(width, site.norm_eps) if config.query_norm else None
         if config.kv_source is None:
-            self.k_proj = nn.Linear(hidden, config.num_kv_heads * width, bias=config.bias)
+            self.k_proj = Linear(hidden, config.num_kv_heads * width, bias=config.bias)
             self.k_norm = RMSNorm(width, site.norm_eps) if config.key_norm else None
             if not config.value_from_key:
-                self.v_proj = nn.Linear(hidden, config.num_kv_heads * width, bias=config.bias)
+                self.v_proj = Linear(hidden, config.num_kv_heads * width, bias=config.bias)
             self.v_norm = RMSNorm(width, site.norm_eps, weighted=False) if config.value_norm else None
         if config.output_gate is not None:
             gates = heads if config.output_gate == "per_head" else heads * width
-            self.g_proj = nn.Linear(hidden, gates, bias=False)
-        self.o_proj = nn.Linear(heads * width, hidden, bias=config.bias)
+            self.g_proj = Linear(hidden, gates, bias=False)
+        self.o_proj = Linear(heads * width, hidden, bias=config.bias)
 
     def forward(self, x: Float[Tensor, "T C"], step: "Step", wanted: "Step | None" = None) -> Float[Tensor, "W C"]:
         """`wanted` narrows the queries to some of the step's tokens: W = T without it."""

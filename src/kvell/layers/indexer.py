@@ -24,6 +24,7 @@ from torch import Tensor, nn
 from kvell.kernels.compressed import index_scores, pick
 from kvell.layers.compressor import Compressor, EntryCompressor, Rounding, entry_cost
 from kvell.layers.cost import Cost, Work, linear, together
+from kvell.layers.linear import Linear
 from kvell.layers.part import Part, Site
 from kvell.layers.rotary import AnyRotary, RotaryTable
 
@@ -71,8 +72,8 @@ class EntryIndexer(nn.Module):
     ) -> None:
         super().__init__()
         self.config, self.rounding = config, rounding
-        self.q_proj = nn.Linear(query_rank, config.num_heads * config.head_dim, bias=False)
-        self.weights_proj = nn.Linear(site.hidden_size, config.num_heads, bias=False)
+        self.q_proj = Linear(query_rank, config.num_heads * config.head_dim, bias=False)
+        self.weights_proj = Linear(site.hidden_size, config.num_heads, bias=False)
         self.compressor = EntryCompressor(compressor, site, "index", config.head_dim, rotary, rotary_width, rounding)
 
     def forward(self, x: Float[Tensor, "T C"], low_rank: Float[Tensor, "T R"], turn: RotaryTable) -> Questions:

@@ -23,6 +23,7 @@ from torch import Tensor, nn
 
 from kvell.layers.cost import Cost, Weight, linear, norm, together
 from kvell.layers.feed_forward import ACTIVATIONS, ActivationName
+from kvell.layers.linear import Linear
 from kvell.layers.norms import RMSNorm
 from kvell.layers.part import Part, Site
 
@@ -83,7 +84,7 @@ class PerLayerInputs(nn.Module):
         self.width, self.num_layers = config.width, site.num_layers
         channels = site.num_layers * config.width
         self.table: nn.Embedding | MappedTable = nn.Embedding(site.vocab_size, channels)
-        self.projection = nn.Linear(site.hidden_size, channels, bias=False)
+        self.projection = Linear(site.hidden_size, channels, bias=False)
         self.projection_scale = site.hidden_size**-0.5
         self.norm = RMSNorm(config.width, site.norm_eps)
 
@@ -101,8 +102,8 @@ class PerLayerInjection(nn.Module):
     def __init__(self, config: PerLayerEmbedding, site: Site) -> None:
         super().__init__()
         self.activation = ACTIVATIONS[config.activation]
-        self.gate_proj = nn.Linear(site.hidden_size, config.width, bias=False)
-        self.projection = nn.Linear(config.width, site.hidden_size, bias=False)
+        self.gate_proj = Linear(site.hidden_size, config.width, bias=False)
+        self.projection = Linear(config.width, site.hidden_size, bias=False)
         self.norm = RMSNorm(site.hidden_size, site.norm_eps)
 
     def forward(self, h: Float[Tensor, "T C"], inputs: Float[Tensor, "T P"]) -> Float[Tensor, "T C"]:

@@ -34,6 +34,7 @@ from torch.nn import functional as F
 
 from kvell.kernels.top_k import top_k_lowest_first
 from kvell.layers.cost import Cost, Weight, linear, norm, together, vector
+from kvell.layers.linear import Linear
 from kvell.layers.norms import RMSNorm
 from kvell.layers.part import Part, Site
 from kvell.layers.precision import KeepsFp32
@@ -162,7 +163,7 @@ class ScoreRouting(KeepsFp32):
     ) -> None:
         super().__init__()
         self.index, self.top_k, self.score, self.softcap = site.index, top_k, score, softcap
-        self.proj = nn.Linear(site.hidden_size, num_experts, bias=False)
+        self.proj = Linear(site.hidden_size, num_experts, bias=False)
         # Moved by load balancing, not by the loss.
         self.selection_bias = nn.Parameter(torch.zeros(num_experts, dtype=torch.float32), requires_grad=False)
 
@@ -187,7 +188,7 @@ class HashRouting(nn.Module):
     def __init__(self, site: Site, num_experts: int, top_k: int, score: Callable[[Tensor], Tensor]) -> None:
         super().__init__()
         self.num_experts, self.score = num_experts, score
-        self.proj = nn.Linear(site.hidden_size, num_experts, bias=False)
+        self.proj = Linear(site.hidden_size, num_experts, bias=False)
         self.table: Tensor
         self.register_buffer("table", torch.arange(site.vocab_size * top_k).view(-1, top_k) % num_experts)
 
@@ -212,7 +213,7 @@ class SoftmaxRouting(nn.Module):
         self.index, self.top_k = site.index, top_k
         self.norm = RMSNorm(site.hidden_size, site.norm_eps, weighted=False)
         self.scale = nn.Parameter(torch.ones(site.hidden_size))
-        self.proj = nn.Linear(site.hidden_size, num_experts, bias=False)
+        self.proj = Linear(site.hidden_size, num_experts, bias=False)
         self.expert_scale = nn.Parameter(torch.ones(num_experts))
 
     def forward(self, x: Float[Tensor, "T C"], step: "Step") -> tuple[Float[Tensor, "T k"], Int[Tensor, "T k"]]:
@@ -231,12 +232,12 @@ class MLPRouting(KeepsFp32):
         super().__init__()
         self.config, self.index, self.top_k = config, site.index, top_k
         width, classes = config.hidden_size, config.classes(num_experts)
-        self.down_proj = nn.Linear(site.hidden_size, width)
+        self.down_proj = Linear(site.hidden_size, width)
         if config.state_source is not None:
             self.state_scale = nn.Parameter(torch.ones(width))
         self.norm = RMSNorm(width, site.norm_eps)
-        self.fc1, self.fc2 = nn.Linear(width, width), nn.Linear(width, width)
-        self.out_proj = nn.Linear(width, classes, bias=False)
+        self.fc1, self.fc2 = Linear(width, width), Linear(width, width)
+        self.out_proj = Linear(width, classes, bias=False)
         # Moved by load balancing, not by the loss; a buffer, as in the released model's count of parameters.
         self.selection_bias: Tensor
         self.register_buffer("selection_bias", torch.zeros(classes, dtype=torch.float32))

@@ -2,12 +2,14 @@
 grouped-query attention (Llama 3.1 8B) and multi-head attention (Llama 2 7B). Shapes: their released configs."""
 
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any, Literal
 
 import torch
 
 from kvell.cache import StreamSpec
 from kvell.config import LayerConfig, ModelConfig
+from kvell.errors import CheckpointError
 from kvell.layers.cost import Cost, Technique, Work, linear, norm, together, vector
 from kvell.layers.experts import MixtureOfExperts
 from kvell.layers.feed_forward import GatedMLP
@@ -144,4 +146,11 @@ REFERENCES: dict[str, Callable[[], ModelConfig]] = {
 
 def known_config(name: str) -> ModelConfig:
     """A reference by name, or whatever ModelConfig.from_pretrained finds."""
-    return REFERENCES[name]() if name in REFERENCES else ModelConfig.from_pretrained(name)
+    if name in REFERENCES:
+        return REFERENCES[name]()
+    try:
+        return ModelConfig.from_pretrained(name)
+    except CheckpointError as error:
+        if Path(name).exists():
+            raise
+        raise CheckpointError(f"{error}; references to compare with are {', '.join(REFERENCES)}") from error

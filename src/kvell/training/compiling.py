@@ -18,6 +18,7 @@ from torch._inductor.exc import InvalidCxxCompiler
 from torch.utils._triton import has_triton
 
 from kvell.errors import InputError
+from kvell.kernels import choice
 from kvell.layer import Layer
 from kvell.layers.feed_forward import GatedFeedForward
 from kvell.layers.per_layer_embedding import PerLayerInjection
@@ -31,6 +32,8 @@ def compile_parts(model: Decoder, device: torch.device) -> None:
     """Compiles the token-wise parts of the model's layers, at their first use in a training step. InputError where
     nothing can be compiled on the device."""
     check_compiler(device)
+    # What is compiled keeps the kernels' version that was chosen when it was compiled.
+    torch.compiler.assume_constant_result(choice.chosen)
     torch._dynamo.config.recompile_limit = VARIANTS
     torch._dynamo.config.accumulated_recompile_limit = VARIANTS
     for layer in model.layers:
