@@ -106,6 +106,15 @@ def test_yaml_and_json_give_equal_configs(tmp_path: Path) -> None:
         (described(["gqa"], parts=[1]), "file: parts: a mapping of names to layers"),
         (described(["a"], parts={"a": {"use": "b"}, "b": {"use": "a"}}), "uses itself (a -> b -> a)"),
         ({"vocab_size": 5}, "file: layers is missing"),
+        (described([{"use": ["gqa"]}]), "file: layers.0: no part is named ['gqa']; known are gqa, cca, narrow"),
+        (described(["gqa", {"patern": ["gqa"]}]), "file: layers.1.patern: unknown field; a layer has use, attention"),
+        (
+            described([{"use": "gqa", "attention": {"kv_source": True}}]),
+            "file: layers.0 (layer 0): attention: kv_source cannot be true",
+        ),
+        (described(["gqa"], eos_token_ids=2), "file: eos_token_ids: a list, not 2"),
+        (described(["gqa"], per_layer_embedding=8), "file: per_layer_embedding: a mapping of names to values, not 8"),
+        (described(["gqa"], hiden_size=8, hidden_size=None), "file: hiden_size: unknown field"),
     ],
 )
 def test_an_error_points_at_the_place_in_the_file_and_says_what_is_allowed(values: dict[str, Any], said: str) -> None:
@@ -115,6 +124,48 @@ def test_an_error_points_at_the_place_in_the_file_and_says_what_is_allowed(value
     assert "\n" not in str(caught.value)
 
 
+FAULTY = {**PARTS, "cca": {"attention": {**CCA, "num_heads": 3}, "feed_forward": GATED}}
+MISSPELT = {"attention": {**GQA, "headdim": 3}, "feed_forward": GATED}
+
+
+@pytest.mark.parametrize(
+    ("parts", "layers", "said"),
+    [
+        (FAULTY, ["gqa", "cca"], "file: parts.cca (layer 1): attention: num_heads 3 is not a multiple"),
+        (FAULTY, [{"use": "cca", "layer_scalar": True}], "file: parts.cca (layer 0): attention: num_heads 3"),
+        ({**FAULTY, "like": {"use": "cca"}}, ["like"], "file: parts.cca (layer 0): attention: num_heads 3"),
+        ({**PARTS, "unused": MISSPELT}, ["gqa"], "file: parts.unused: attention.headdim: unknown field"),
+        ({**PARTS, "like": {"use": "unused"}, "unused": MISSPELT}, ["gqa"], "file: parts.unused: attention.headdim"),
+        ({**PARTS, "unused": {"use": "gone"}}, ["gqa"], "file: parts.unused: no part is named 'gone'"),
+    ],
+)
+def test_an_error_in_a_part_points_at_the_part_whether_it_is_used_or_not(
+    parts: dict[str, Any], layers: Any, said: str
+) -> None:
+    with pytest.raises(kvell.ConfigError) as caught:
+        resolve(described(layers, parts=parts), "file")
+    assert str(caught.value).startswith(said)
+
+
+def test_a_part_may_leave_to_layers_what_they_must_give() -> None:
+    half = {"attention": {"kind": "grouped_query", "num_kv_heads": 2, "head_dim": 8, "rotary": None}}
+    last = {"use": "half", "attention": {"num_heads": 2, "kv_source": -1}, "feed_forward": GATED}
+    first = {**last, "attention": {"num_heads": 6, "kv_source": None}}
+    behind = {**half, "attention": {**half["attention"], "kv_source": -1}}
+    config = resolve(described([first, last], parts={"half": behind}), "file")
+    assert [layer.attention.num_heads for layer in config.layers] == [6, 2]
+    assert [layer.attention.kv_source for layer in config.layers] == [None, 0]
+
+
+def test_anchors_and_merge_keys_are_yaml_s_own(tmp_path: Path) -> None:
+    values = described(["gqa", {**PARTS["gqa"], "layer_scalar": True}])
+    text = yaml.safe_dump({**values, "layers": []}).replace("layers: []", "")
+    text = text.replace("  gqa:\n", "  gqa: &gqa\n") + "layers: [gqa, {<<: *gqa, layer_scalar: true}]\n"
+    assert "&gqa" in text
+    (tmp_path / "a.yaml").write_text(text)
+    assert read_config_file(tmp_path / "a.yaml") == resolve(values, "file")
+
+
 @pytest.mark.parametrize(
     ("name", "text", "said"),
     [
@@ -122,6 +173,13 @@ def test_an_error_points_at_the_place_in_the_file_and_says_what_is_allowed(value
         ("a.yaml", "vocab_size: 5\nvocab_size: 6\n", "line 2, column 1: 'vocab_size' stands twice"),
         ("a.json", '{"layers": }', "line 1, column 12"),
         ("a.yaml", "- 1\n", "holds no mapping"),
+        ("a.yaml", "layers:\n  ? [1]\n  : 2\n", r"line 2, column 5: \[1\] is no name"),
+        ("a.yaml", "1: 2\n", "line 1, column 1: 1 is no name"),
+        ("a.yaml", "layers: &a [*a]\n", "line 1, column 9: this holds itself"),
+        ("a.yaml", "layers: &a {b: *a}\n", "line 1, column 9: this holds itself"),
+        ("a.yaml", "layers: &a {}\nmore: {<<: *a, <<: *a}\n", "line 2, column 16: '<<' stands twice"),
+        ("a.yaml", "[" * 5000, "nested too deeply"),
+        ("a.json", '{"layers": ' + "[" * 100000, "nested too deeply"),
     ],
 )
 def test_a_file_that_is_not_well_formed_is_said_to_be_so_with_the_line(

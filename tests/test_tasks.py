@@ -1,5 +1,6 @@
 """Generated tasks: every answer follows from what stands before it, and evaluation counts what a model gets right."""
 
+import contextlib
 import random
 import re
 from collections.abc import Callable
@@ -24,8 +25,7 @@ from kvell.training.tasks import (
     Needle,
     Needles,
     Passkey,
-    TextTask,
-    TokenTask,
+    Task,
     accuracy_by_distance,
     batch_of,
     line_breaks,
@@ -274,7 +274,7 @@ def test_characters_as_tokens_are_spliced_alike() -> None:
     ],
 )
 def test_settings_that_cannot_be_say_what_would_be_enough(values: dict[str, Any], said: str) -> None:
-    adapter: TypeAdapter[Any] = TypeAdapter(TokenTask)
+    adapter: TypeAdapter[Any] = TypeAdapter(Task)
     with pytest.raises(ValidationError, match=said):
         adapter.validate_python(values)
     field = "vocab_size" if "vocab_size" in said else "length"
@@ -289,9 +289,24 @@ def test_a_text_task_too_short_or_without_enough_text_says_what_would_be_enough(
     assert len(Passkey(length=enough).draw(random.Random(0), [], encode).tokens) == enough
     with pytest.raises(InputError, match=r"length 500 takes a haystack of (\d+) tokens, not 100"):
         Passkey(length=500).draw(random.Random(0), HAYSTACK[:100], encode)
-    adapter: TypeAdapter[Any] = TypeAdapter(TextTask)
+    adapter: TypeAdapter[Any] = TypeAdapter(Task)
     with pytest.raises(ValidationError):
         adapter.validate_python({"kind": "needles", "num_needles": len(NAMES) + 1})
+
+
+@pytest.mark.parametrize("task", [Passkey(), Needles(num_needles=len(NAMES))])
+def test_the_most_that_a_text_task_takes_holds_every_example_and_not_one_token_less(task: Any) -> None:
+    def draws(length: int) -> int:
+        """How many of 100 examples fit."""
+        sized, made = task.model_copy(update={"length": length}), 0
+        for seed in range(100):
+            with contextlib.suppress(ConfigError):
+                made += len(sized.draw(random.Random(seed), HAYSTACK, encode).tokens) == length
+        return made
+
+    most = task.most_tokens(encode)
+    assert draws(most) == 100
+    assert draws(most - 1) < 100
 
 
 @pytest.mark.parametrize("scored", [[], [0], [2, 2], [2, 1], [4]])

@@ -1,18 +1,27 @@
 """How training runs end and go on: killed at their end, stopped by signals, on inputs that changed meanwhile."""
 
+import io
 import json
 import os
+import random
+import re
 import signal
+import subprocess
+import sys
+import traceback
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+import yaml
 from test_training import ADAMW, config_file, in_processes, losses, metrics, run_values, texts
+from torch.distributed.checkpoint.api import CheckpointException
 
 import kvell
 from kvell import cli
 from kvell.training import loop
-from kvell.training.run import Run
+from kvell.training.run import Run, held, reason_of
 from kvell.training.settings import TrainingConfig
 
 __all__ = ["texts"]
@@ -141,6 +150,18 @@ def test_ctrl_c_finishes_the_step_saves_and_says_so(
     assert metrics(tmp_path / "run") == metrics(small_run)
 
 
+def test_a_folder_is_one_run_s_at_a_time(texts: Path, small_run: Path) -> None:
+    with held(small_run), pytest.raises(kvell.InputError, match=r"run is in use by another run: .* another --out"):
+        loop.train(small(texts, small_run))
+    loop.train(small(texts, small_run))
+
+
+def test_a_folder_that_cannot_be_written_to_is_said_before_anything_is_read(texts: Path, small_run: Path) -> None:
+    config = small(texts, small_run).model_copy(update={"out": str(small_run / "config.json" / "run")})
+    with pytest.raises(kvell.CheckpointError, match=r"json/run cannot be written to: Not a directory"):
+        loop.train(config)
+
+
 def test_a_second_ctrl_c_ends_a_run_at_once(texts: Path, tmp_path: Path) -> None:
     def twice(report: loop.StepReport) -> None:
         for _ in range(2):
@@ -158,6 +179,18 @@ def test_a_finished_run_says_again_what_its_model_is_worth(
     assert json.loads(capfd.readouterr().out)["evaluation"] == evaluation(small_run)
 
 
+def test_a_run_begins_by_printing_its_config_resolved(
+    texts: Path, small_run: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    config = small(texts, small_run)
+    assert cli.main(["train", str(small_run.parent / "run.yaml")]) == 0
+    layers, _, others = capfd.readouterr().out.partition("\n\ntokenizer:")
+    assert re.search(r"^ +0 +compressed +2 +1 +8 +8 .* own +default.* gated 24 ", layers, re.MULTILINE)
+    printed = yaml.safe_load("tokenizer:" + others)
+    assert len(others.splitlines()) == len(printed)
+    assert TrainingConfig.of({**printed, "model": config.model}, "printed") == config
+
+
 def test_patience_that_lasts_leaves_the_best_model_too(
     texts: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -173,6 +206,86 @@ def test_patience_that_lasts_leaves_the_best_model_too(
     best = dict(kvell.from_pretrained(tmp_path / "run").named_tensors())["embedding.weight"]
     assert best.equal(embeddings[1])
     assert not best.equal(embeddings[2])
+
+
+def test_a_run_killed_again_and_again_at_random_moments_ends_as_if_it_had_not_been(
+    texts: Path, tmp_path: Path
+) -> None:
+    """SIGKILL, with a checkpoint after every step: while texts are read, in steps, in checkpoints, at the end. Every
+    attempt is forked from a process that has loaded everything."""
+    changes = {"stages": [{"steps": 30, "length": 128, "tokens": 256}], "checkpoints": {"every": 1}}
+    loop.train(small(texts, tmp_path / "whole" / "run", **changes))
+    out = tmp_path / "killed" / "run"
+    file = config_file(out.parent, small_values(texts, out, **changes))
+    seed = random.randrange(10**9)
+    done = subprocess.run([sys.executable, "-c", KILLING, str(file), str(seed)], capture_output=True, timeout=300)
+    assert done.returncode == 0, f"seed {seed}: {done.stderr.decode()}"
+    assert metrics(out) == metrics(tmp_path / "whole" / "run"), f"seed {seed}"
+    assert evaluation(out) == evaluation(tmp_path / "whole" / "run"), f"seed {seed}"
+    ours, theirs = (kvell.from_pretrained(folder).fingerprint() for folder in (out, tmp_path / "whole" / "run"))
+    assert ours == theirs, f"seed {seed}"
+
+
+KILLING = """
+import os, random, signal, sys, time
+from kvell.training import loop
+from kvell.training.settings import TrainingConfig
+
+config, rng = TrainingConfig.read(sys.argv[1]), random.Random(int(sys.argv[2]))
+for attempt in range(13):
+    child = os.fork()
+    if child == 0:
+        loop.train(config)
+        os._exit(0)
+    if attempt < 12:
+        time.sleep(rng.uniform(0.1, 0.35))
+        os.kill(child, signal.SIGKILL)
+    _, status = os.waitpid(child, 0)
+    if os.WIFEXITED(status):
+        sys.exit(os.WEXITSTATUS(status))
+"""
+
+
+def test_a_full_disk_is_named_whatever_torch_s_writer_says_behind_it() -> None:
+    class Full(io.BytesIO):
+        def write(self, data: Any) -> int:
+            if self.tell() + len(data) > 700:
+                raise OSError(28, "No space left on device")
+            return super().write(data)
+
+    with pytest.raises(RuntimeError, match="enforce fail") as caught:
+        torch.save(torch.zeros(999), Full())
+    failed = CheckpointException("", {0: (caught.value, traceback.extract_stack())})
+    assert reason_of(failed) == "[Errno 28] No space left on device"
+
+
+def test_every_generated_task_can_stand_among_the_texts_and_be_evaluated(texts: Path, tmp_path: Path) -> None:
+    tasks = [
+        {"kind": "associative_recall", "num_pairs": 4},
+        {"kind": "induction", "span": 20},
+        {"kind": "needle"},
+        {"kind": "passkey"},
+        {"kind": "needles", "num_needles": 1},
+    ]
+    data = {
+        "sources": [{"kind": "files", "paths": [str(texts)]}],
+        "tasks": [{"task": task, "share": 0.15, "shortest": 110} for task in tasks],
+    }
+    drawn = []
+
+    def note(training: loop.Training, step: list[loop.MicroBatch]) -> dict[str, float]:
+        drawn.extend(name for batch in step for name in batch.names)
+        return take_step(training, step)
+
+    take_step = loop.Training._step
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(loop.Training, "_step", note)
+        figures = loop.train(
+            small(texts, tmp_path / "run", data=data, evaluation={"tasks": tasks, "cases": 2, "lengths": [120]})
+        ).evaluation["tasks"]
+    assert {f"{task['kind']} task" for task in tasks} <= set(drawn)
+    assert list(figures) == [f"{task['kind']} at 120" for task in tasks]
+    assert all(figure["cases"] == 2 for figure in figures.values())
 
 
 def test_processes_with_pieces_too_short_for_any_entry_equal_one(texts: Path, tmp_path: Path) -> None:

@@ -22,6 +22,12 @@ from kvell.layers.routers import ROUTER_STATE
 
 NormPlacement = Literal["pre", "sandwich", "post"]
 
+# Types of pydantic's errors, and what it asks for in the words of who writes a config.
+WANTED = {
+    "tuple_type": "a list",
+    "model_type": "a mapping of names to values",
+}
+
 
 class LayerConfig(Part):
     """One layer: attention, then feed-forward.
@@ -168,20 +174,35 @@ class ModelConfig(Part):
 
 
 def one_line(error: ValidationError, where: str, values: Any, part: type[Part]) -> str:
-    """The first problem of a failed validation of a `part`, with the path to it in the values, what is allowed there,
-    and how many more problems there are."""
-    problems = error.errors()
-    first = problems[0]
-    path = ".".join(_steps(first["loc"], values))
-    message = first["msg"].removeprefix("Value error, ")
-    if first["type"] == "union_tag_not_found":
+    """The first problem of a failed validation of a `part`, and how many more there are."""
+    return f"{where}: {counted(problems(error, values, part))}"
+
+
+def counted(found: Sequence[str]) -> str:
+    return found[0] + (f" (and {len(found) - 1} more)" if len(found) > 1 else "")
+
+
+def problems(
+    error: ValidationError, values: Any, part: type[Part], ignored: frozenset[str] = frozenset()
+) -> list[str]:
+    """What a failed validation of a `part` found, each with its path in the values and what is allowed there, but for
+    `ignored` types of errors. Unknown fields come first: where another is missing, they tell why."""
+    found = sorted(error.errors(), key=lambda problem: problem["type"] != "extra_forbidden")
+    return [_in_words(problem, values, part) for problem in found if problem["type"] not in ignored]
+
+
+def _in_words(problem: Any, values: Any, part: type[Part]) -> str:
+    path = ".".join(_steps(problem["loc"], values))
+    message = problem["msg"].removeprefix("Value error, ")
+    if problem["type"] == "union_tag_not_found":
         message = "kind is missing"
-    elif first["type"] == "union_tag_invalid":
-        message = f"kind {first['ctx']['tag']!r} is unknown; known are {first['ctx']['expected_tags']}"
-    elif first["type"] == "extra_forbidden" and (owner := _part_at(part, first["loc"][:-1])) is not None:
+    elif problem["type"] == "union_tag_invalid":
+        message = f"kind {problem['ctx']['tag']!r} is unknown; known are {problem['ctx']['expected_tags']}"
+    elif problem["type"] == "extra_forbidden" and (owner := _part_at(part, problem["loc"][:-1])) is not None:
         message = f"unknown field; allowed are {', '.join(owner.model_fields)}"
-    more = f" (and {len(problems) - 1} more)" if len(problems) > 1 else ""
-    return f"{where}: {path + ': ' if path else ''}{message}{more}"
+    elif problem["type"] in WANTED:
+        message = f"{WANTED[problem['type']]}, not {problem['input']!r:.80}"
+    return f"{path + ': ' if path else ''}{message}"
 
 
 def _part_at(annotation: Any, location: Sequence[int | str]) -> type[Part] | None:
@@ -193,7 +214,7 @@ def _part_at(annotation: Any, location: Sequence[int | str]) -> type[Part] | Non
         fields = annotation.model_fields
         if step in fields:
             return _part_at(fields[step].annotation, rest)
-        is_kind = "kind" in fields and step == fields["kind"].default
+        is_kind = "kind" not in fields or step == fields["kind"].default
         return _part_at(annotation, rest) if is_kind else None
     if get_origin(annotation) is tuple and location and isinstance(location[0], int):
         location = location[1:]
@@ -202,12 +223,14 @@ def _part_at(annotation: Any, location: Sequence[int | str]) -> type[Part] | Non
 
 
 def _steps(location: tuple[int | str, ...], values: Any) -> Iterator[str]:
-    """The steps of a path, without those that pydantic adds: the kind of a part, where it could have been another."""
-    for step in location:
-        if isinstance(values, Mapping) and step not in values and step == values.get("kind"):
-            continue
-        yield str(step)
+    """The steps of a path, without those that pydantic adds: which kind of a part it is, where it could have been
+    another. The last step may be a field that is missing."""
+    for number, step in enumerate(location, start=1):
         if isinstance(values, Mapping):
-            values = values.get(step)
+            if step in values or (number == len(location) and step != values.get("kind")):
+                yield str(step)
+            if step in values:
+                values = values[step]
         elif isinstance(values, Sequence) and isinstance(step, int):
+            yield str(step)
             values = values[step]

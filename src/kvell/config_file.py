@@ -7,7 +7,8 @@
 
 `layers` is an entry or a list of entries. An entry is a part's name; a layer written out; a part with changes (`use`,
 merged into it at every depth); or a pattern, repeated. A negative `kv_source` or `state_source` counts back from its
-own layer: -4 reads the layer four before. Everything else is as in ModelConfig.
+own layer: -4 reads the layer four before. Everything else is as in ModelConfig. Anchors and merge keys (`<<: *a`) are
+YAML's own: a merge key puts whole values beside others, where `use` merges at every depth.
 """
 
 import json
@@ -16,11 +17,18 @@ from pathlib import Path
 from typing import Any
 
 import yaml
+from pydantic import ValidationError
 
-from kvell.config import ModelConfig
+from kvell.config import LayerConfig, ModelConfig, counted, problems
 from kvell.errors import CheckpointError, ConfigError
 
 Values = dict[str, Any]
+# From the part that a layer begins with, through what uses it, to the layer itself: places in the file, and the layer
+# as it stands there.
+Way = list[tuple[str, Values]]
+ANY_LAYER = 1_000_000  # behind whatever a source may count back to
+# Types of pydantic's errors: what a part may leave to those that use it.
+UNFINISHED = frozenset({"missing", "union_tag_not_found", "value_error"})
 
 
 def read_config_file(path: str | Path) -> ModelConfig:
@@ -49,22 +57,41 @@ def read_mapping(path: str | Path) -> Values:
         raise ConfigError(f"{path}: {place}{error.problem or error.context}") from None
     except yaml.YAMLError as error:
         raise ConfigError(f"{path}: {error}") from None
+    except RecursionError:
+        raise ConfigError(f"{path} is nested too deeply") from None
     if not isinstance(values, dict):
         raise ConfigError(f"{path} holds no mapping of names to values")
     return values
 
 
 class UniqueKeys(yaml.SafeLoader):
-    """YAML as it is safe to load; a key that comes twice is an error, not the first one's loss."""
+    """YAML as it is safe to load. Keys are names; one that comes twice is an error, not the first one's loss, and so
+    is a value that holds itself."""
+
+    def construct_document(self, node: Any) -> Any:
+        self.deep_construct = True  # else PyYAML would make what holds itself
+        return super().construct_document(node)
+
+    def construct_object(self, node: Any, deep: bool = False) -> Any:
+        if node in self.recursive_objects:
+            raise wrong(node, "this holds itself")
+        return super().construct_object(node, deep)
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
         seen = set()
         for key_node, _ in node.value:
-            key = self.construct_object(key_node, deep=True)
+            is_merge = key_node.tag == "tag:yaml.org,2002:merge"
+            key = "<<" if is_merge else self.construct_object(key_node, deep=True)
+            if not isinstance(key, str):
+                raise wrong(key_node, f"{key!r} is no name, and only names are keys")
             if key in seen:
-                raise yaml.constructor.ConstructorError(None, None, f"{key!r} stands twice", key_node.start_mark)
+                raise wrong(key_node, f"{key!r} stands twice")
             seen.add(key)
         return super().construct_mapping(node, deep)
+
+
+def wrong(node: yaml.Node, problem: str) -> yaml.constructor.ConstructorError:
+    return yaml.constructor.ConstructorError(None, None, problem, node.start_mark)
 
 
 def resolve(values: Mapping[str, Any], where: str) -> ModelConfig:
@@ -76,9 +103,13 @@ def resolve(values: Mapping[str, Any], where: str) -> ModelConfig:
     entries = given.get("layers")
     if entries is None:
         raise ConfigError(f"{where}: layers is missing")
+    for name in parts:  # whether a layer uses it or not
+        _check(_layer(name, parts, where, f"parts.{name}", ()), where, "", UNFINISHED)
     origins: list[str] = []
     layers: list[Values] = []
-    for origin, layer in _expanded(entries, parts, where, "layers"):
+    for way in _expanded(entries, parts, where, "layers"):
+        _check(way, where, f" (layer {len(layers)})")
+        origin, layer = way[-1]
         layers.append(_absolute(layer, len(layers), f"{where}: {origin}"))
         origins.append(origin)
     try:
@@ -87,8 +118,8 @@ def resolve(values: Mapping[str, Any], where: str) -> ModelConfig:
         raise ConfigError(_pointing_home(str(error), where, origins)) from None
 
 
-def _expanded(entry: Any, parts: Mapping[str, Any], where: str, path: str) -> Iterator[tuple[str, Values]]:
-    """The layers that an entry stands for, each with the path in the file it came from."""
+def _expanded(entry: Any, parts: Mapping[str, Any], where: str, path: str) -> Iterator[Way]:
+    """The ways to the layers that an entry stands for."""
     if isinstance(entry, list):
         for number, one in enumerate(entry):
             yield from _expanded(one, parts, where, f"{path}.{number}")
@@ -101,25 +132,47 @@ def _expanded(entry: Any, parts: Mapping[str, Any], where: str, path: str) -> It
         for _ in range(repeat):
             yield from _expanded(entry["pattern"], parts, where, f"{path}.pattern")
     else:
-        yield path, _layer(entry, parts, where, path, ())
+        yield _layer(entry, parts, where, path, ())
 
 
-def _layer(entry: Any, parts: Mapping[str, Any], where: str, path: str, using: tuple[str, ...]) -> Values:
-    """One layer, written out; `using` are the parts on the way here."""
+def _layer(entry: Any, parts: Mapping[str, Any], where: str, path: str, using: tuple[str, ...]) -> Way:
+    """The way to one layer; `using` are the parts on the way here."""
     if isinstance(entry, str):
         entry = {"use": entry}
     if not isinstance(entry, Mapping):
         raise ConfigError(f"{where}: {path}: a part's name, a layer or a pattern, not {entry!r}")
     changes = dict(entry)
     name = changes.pop("use", None)
+    if unknown := [field for field in changes if field not in LayerConfig.model_fields]:
+        fields = ", ".join(LayerConfig.model_fields)
+        raise ConfigError(
+            f"{where}: {path}.{unknown[0]}: unknown field; a layer has use, {fields}; a pattern pattern and repeat"
+        )
     if name is None:
-        return changes
-    if name not in parts:
+        return [(path, changes)]
+    if not isinstance(name, str) or name not in parts:
         known = ", ".join(parts) if parts else "there are none: write them under parts"
         raise ConfigError(f"{where}: {path}: no part is named {name!r}; known are {known}")
     if name in using:
         raise ConfigError(f"{where}: parts.{name}: uses itself ({' -> '.join([*using, name])})")
-    return merged(_layer(parts[name], parts, where, f"parts.{name}", (*using, name)), changes)
+    way = _layer(parts[name], parts, where, f"parts.{name}", (*using, name))
+    return [*way, (path, merged(way[-1][1], changes))]
+
+
+def _check(way: Way, where: str, which: str, ignored: frozenset[str] = frozenset()) -> None:
+    """ConfigError for what is wrong with a layer by itself, pointing at the first place on its way where it is so."""
+    if found := _problems(way[-1][1], ignored):
+        place = next(path for path, values in way if found[0] in _problems(values, ignored))
+        raise ConfigError(f"{where}: {place}{which}: {counted(found)}")
+
+
+def _problems(layer: Values, ignored: frozenset[str]) -> list[str]:
+    values = _absolute(layer, ANY_LAYER, "")
+    try:
+        LayerConfig.model_validate(values)
+    except ValidationError as error:
+        return problems(error, values, LayerConfig, ignored)
+    return []
 
 
 def merged(base: Mapping[str, Any], changes: Mapping[str, Any]) -> Values:

@@ -9,6 +9,7 @@ import typer
 from kvell.cli import console
 
 if TYPE_CHECKING:
+    from rich.console import Console
     from rich.table import Table
 
     from kvell.config import LayerConfig, ModelConfig
@@ -40,12 +41,17 @@ def inspect(
         print(json.dumps(description, indent=2))
         return
     output = console.stdout()
+    print_layers(output, model, description)
+    output.print(_grid([("stream", "rows kept", "width", "layers"), *_stream_rows(description["streams"])]))
+
+
+def print_layers(output: "Console", model: str, description: dict[str, Any]) -> None:
+    """An overview of a model, and a table of its layers."""
     output.print(_overview(model, description), "")
     rows = [_layer_row(layer) for layer in description["layers"]]
     if description["draft"] is not None:
         rows.append(("draft", *_layer_row(description["draft"])[1:]))
     output.print(_grid([COLUMNS, *rows]), "")
-    output.print(_grid([("stream", "rows kept", "width", "layers"), *_stream_rows(description["streams"])]))
 
 
 def describe(config: "ModelConfig") -> dict[str, Any]:

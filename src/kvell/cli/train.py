@@ -11,6 +11,7 @@ from kvell.cli import console
 
 if TYPE_CHECKING:
     from kvell.training.loop import Outcome
+    from kvell.training.settings import TrainingConfig
 
 INTERRUPTED = 130  # what shells give for a process that Ctrl-C ended
 
@@ -32,18 +33,41 @@ def train(
     end with exit code 0 and 130; a second Ctrl-C ends at once. Under torchrun the run is divided over its processes;
     torchrun itself then ends with exit code 1 and a traceback of its own, though all is saved.
     """
+    from kvell.errors import KvellError
     from kvell.training.loop import train as run
+    from kvell.training.parallel import is_first_to_say
     from kvell.training.settings import TrainingConfig
 
     given = {"out": out, "device": device, "threads": threads}
-    settings = TrainingConfig.read(config, {name: value for name, value in given.items() if value is not None})
     is_first = os.environ.get("RANK", "0") == "0"
-    with console.training_progress(settings.steps, shown=is_first) as on_step:
-        outcome = run(settings, skip_bad=skip_bad, fresh=fresh, on_step=on_step)
+    try:
+        settings = TrainingConfig.read(config, {name: value for name, value in given.items() if value is not None})
+        if is_first and not as_json:
+            _show(settings, config)
+        with console.training_progress(settings.steps, shown=is_first) as on_step:
+            outcome = run(settings, skip_bad=skip_bad, fresh=fresh, on_step=on_step)
+    except KvellError as error:
+        if is_first_to_say(str(error)):
+            raise
+        raise typer.Exit(1) from None
     if is_first:
         _report(outcome, settings.steps, as_json)
     if outcome.reason == "interrupted":
         raise typer.Exit(INTERRUPTED)
+
+
+def _show(settings: "TrainingConfig", config: str) -> None:
+    """The run's config, resolved: the model's layers, and everything else as YAML, a line a key."""
+    import yaml
+
+    from kvell.cli.inspect import describe, print_layers
+
+    output = console.stdout()
+    print_layers(output, config, describe(settings.model))
+    for name, value in settings.model_dump(mode="json", exclude={"model"}).items():
+        line = yaml.safe_dump({name: value}, default_flow_style=True, sort_keys=False, width=float("inf"))
+        print(line.strip().removeprefix("{").removesuffix("}"))
+    sys.stdout.flush()
 
 
 def _report(outcome: "Outcome", steps: int, as_json: bool) -> None:

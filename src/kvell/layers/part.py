@@ -1,14 +1,26 @@
 """What every part of a model's description has in common."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any, get_args
 
-from pydantic import BaseModel, ConfigDict
+from pydantic import BaseModel, ConfigDict, model_validator
 
 
 class Part(BaseModel):
     """A frozen, validated value that describes one part of a model. Unknown fields are errors, never ignored."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", validate_default=True, allow_inf_nan=False)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _no_number_is_true(cls, values: Any) -> Any:
+        """Pydantic would read true as 1."""
+        for name, field in cls.model_fields.items():
+            value = values.get(name) if isinstance(values, Mapping) else None
+            if isinstance(value, bool) and bool not in (field.annotation, *get_args(field.annotation)):
+                raise ValueError(f"{name} cannot be {str(value).lower()}")
+        return values
 
 
 @dataclass(frozen=True)

@@ -12,10 +12,13 @@ from itertools import islice
 
 import torch
 from jaxtyping import Int
+from pydantic import ValidationError
 from torch import Tensor
 
-from kvell.training.settings import MixedTask, Stage
-from kvell.training.tasks import Example, TextTask
+from kvell.config import counted, problems
+from kvell.errors import ConfigError
+from kvell.training.settings import MixedTask, Stage, TrainingConfig
+from kvell.training.tasks import Example, Needles, Passkey, Task
 from kvell.training.tokens import TokenDocument
 
 Encode = Callable[[str], list[int]]
@@ -152,17 +155,50 @@ def example(
     return Piece(f"{mixed.task.kind} task", made.tokens, tuple(place - 1 for place in made.scored))
 
 
+def check_tasks(config: TrainingConfig, encode: Encode, bos: int | None) -> None:
+    """ConfigError if a run would come to a task's example that cannot be made."""
+    longest = max(stage.length for stage in config.stages) + 1
+    asked = [
+        (f"evaluation.lengths.{index}", task, length)
+        for index, length in enumerate(config.evaluation.lengths)
+        for task in config.evaluation.tasks
+    ]
+    for index, mixed in enumerate(config.data.tasks):
+        asked.append((f"data.tasks.{index}.shortest", mixed.task, mixed.shortest))
+        asked.append((f"data.tasks.{index}", mixed.task, longest))
+    for field, task, length in asked:
+        if problem := unmakeable(task, length, config.model.vocab_size, encode, bos):
+            raise ConfigError(f"{field}: {task.kind}: {problem}")
+
+
+def unmakeable(task: Task, length: int, vocab_size: int, encode: Encode, bos: int | None) -> str | None:
+    """Why some example of a length cannot be made, if that is so."""
+    if isinstance(task, Passkey | Needles):
+        needed = task.most_tokens(encode) + (bos is not None)
+        return f"{length} tokens do not hold what is hidden and asked: {needed} would" if length < needed else None
+    if task.vocab_size > vocab_size:
+        return f"vocab_size {task.vocab_size} is more than the model's {vocab_size}"
+    try:
+        type(task).model_validate(dict(task) | {"length": length})
+    except ValidationError as error:
+        return counted(problems(error, dict(task), type(task)))
+    return None
+
+
 def drawn(
-    task: TextTask,
+    task: Task,
     length: int,
     documents: Sequence[TokenDocument],
     encode: Encode,
     bos: int | None,
     rng: random.Random,
 ) -> Example:
-    """An example of `length` tokens, hidden in a stretch of the documents."""
+    """An example of `length` tokens: bare ones, or lines hidden in a stretch of the documents."""
+    sized = task.model_copy(update={"length": length})
+    if not isinstance(sized, Passkey | Needles):
+        return sized.draw(rng)
     haystack = text_of(documents, rng.choice(documents), length, rng)
-    return task.model_copy(update={"length": length}).draw(rng, haystack, encode, bos)
+    return sized.draw(rng, haystack, encode, bos)
 
 
 def text_of(documents: Sequence[TokenDocument], first: TokenDocument, size: int, rng: random.Random) -> list[int]:

@@ -7,6 +7,7 @@ goes on as if it had not been: model, optimizers and random state come from the 
 import time
 import warnings
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,14 +21,14 @@ from kvell.checkpoint.loading import available_device
 from kvell.errors import InputError, KvellError
 from kvell.hardware import set_threads
 from kvell.model import Decoder
-from kvell.training.batches import MicroBatch, steps_of
+from kvell.training.batches import MicroBatch, check_tasks, steps_of
 from kvell.training.compiling import compile_parts
 from kvell.training.corpus import Corpus, read_corpus, unread
 from kvell.training.evaluation import evaluate_tasks, evaluate_texts
 from kvell.training.losses import Totals, step_loss
 from kvell.training.optimizers import optimizers, quiet_start, rate, rebalance, set_rates
 from kvell.training.parallel import Processes, clip
-from kvell.training.run import Progress, Run
+from kvell.training.run import Progress, Run, held
 from kvell.training.settings import NewTokenizer, TrainingConfig
 from kvell.training.stopping import StoppedError, StopRequest, stop_requests
 from kvell.training.tokens import BOS, EOS, TokenDocument, read_tokenizer, tokenise, train_tokenizer
@@ -72,7 +73,7 @@ def train(
     set_threads(config.threads)
     processes = Processes.of(available_device(config.device))
     try:
-        with stop_requests() as stop:
+        with stop_requests() as stop, held(Path(config.out)) if processes.is_first else nullcontext():
             return Training(config, processes, skip_bad, fresh).run(on_step, stop)
     finally:
         processes.leave()
@@ -89,10 +90,11 @@ class Training:
         corpus = read_corpus(config.data, skip_bad)
         if corpus.unreadable and processes.is_first:
             warnings.warn(f"left out: {unread(corpus.unreadable)}", stacklevel=2)
-        checkpoint = self.folder.begin(fresh)
+        if config.evaluation.patience is not None and not corpus.held_out:
+            raise InputError("evaluation.patience: no document is held out to be patient with; raise data.held_out")
         self.tokenizer = self._make_tokenizer(corpus)
-        self.folder.hold_to(corpus.digests(), self.tokenizer, goes_on=checkpoint is not None)
         self.bos = self.tokenizer.token_to_id(BOS)
+        check_tasks(config, self._encode, self.bos)
         self.training, self.held_out = (self._ids_of(part) for part in (corpus.training, corpus.held_out))
         torch.manual_seed(config.seed)
         self.model = self._make_model().to(processes.device)
@@ -103,6 +105,9 @@ class Training:
         self.optimizers = optimizers(self.model, config.optimizer)
         self.progress = Progress()
         self.saved_step = 0  # before the first step there is nothing to save
+        # Only now, when it is known that the run can be, is an older one discarded.
+        checkpoint = self.folder.begin(fresh)
+        self.folder.hold_to(corpus.digests(), self.tokenizer, goes_on=checkpoint is not None)
         if checkpoint is not None:
             self.progress = self.folder.load(checkpoint, self.model, self.optimizers)
             self.saved_step = self.progress.step

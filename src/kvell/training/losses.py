@@ -1,5 +1,6 @@
-"""What a step costs, in parts. Every part is a sum over its tokens divided by how many the whole step has of them, so
-it is the same however the step is divided into micro-batches and over devices.
+"""What a step costs, in parts. The losses of tokens are sums divided by how many of them the whole step has, so they
+are the same however the step is divided into micro-batches. The index and balance losses are formed in each
+micro-batch and averaged over them. On how many devices the micro-batches are, changes nothing.
 """
 
 from collections.abc import Sequence

@@ -9,6 +9,7 @@ import os
 import warnings
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from datetime import timedelta
 from typing import Any, TypeVar
 
 import torch
@@ -108,6 +109,19 @@ class Processes:
         """Ends working together; each goes on alone."""
         if dist.is_initialized():
             dist.destroy_process_group()
+
+
+def is_first_to_say(message: str) -> bool:
+    """Whether no other of torchrun's processes has said this before: what is wrong is mostly so for all of them.
+
+    The store that torchrun keeps for its processes counts; they need not be working together yet, or any more.
+    """
+    if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True":
+        return True
+    host, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+    store = dist.TCPStore(host, port, is_master=False, timeout=timedelta(seconds=10))  # type: ignore[attr-defined]
+    attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
+    return bool(store.add(f"kvell said in attempt {attempt}: {message}", 1) == 1)
 
 
 def outside_layers(model: nn.Module) -> Iterator[nn.Parameter]:

@@ -1,5 +1,6 @@
 """A run's folder: its checkpoints, its metrics, and the model that comes out.
 
+    run.lock                     held by the run that is using the folder
     training.json                the resolved config
     inputs.json                  what the tokenizer and every document were, by their hashes
     metrics.jsonl                one line a step, one an evaluation
@@ -18,6 +19,11 @@ from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
+
+try:
+    import fcntl
+except ImportError:  # Windows has no such locks
+    fcntl = None  # type: ignore[assignment]
 
 import tokenizers
 import torch
@@ -41,7 +47,7 @@ from kvell.training.parallel import Processes
 from kvell.training.settings import TrainingConfig, differences
 
 CONFIG, METRICS, CHECKPOINTS, PROGRESS = "training.json", "metrics.jsonl", "checkpoints", "progress.json"
-INPUTS, EVALUATION = "inputs.json", "evaluation.json"
+INPUTS, EVALUATION, LOCK = "inputs.json", "evaluation.json", "run.lock"
 
 
 @dataclass
@@ -135,8 +141,9 @@ class Run:
             self.processes.wait()
         except (OSError, CheckpointException, RuntimeError) as error:
             shutil.rmtree(scratch, ignore_errors=True)
-            reason = " ".join(str(error).split())[-300:]
-            raise CheckpointError(f"could not save to {final}: {reason}; what was there is unchanged") from None
+            raise CheckpointError(
+                f"could not save to {final}: {reason_of(error)}; what was there is unchanged"
+            ) from None
 
     def load(self, path: Path, model: Decoder, optimizers: list[Optimizer]) -> Progress:
         """Puts model and optimizers where a checkpoint left them. CheckpointError for one that is damaged."""
@@ -146,7 +153,7 @@ class Run:
             with quiet():
                 load_state(state, checkpoint_id=path)
         except (OSError, ValueError, TypeError, CheckpointException, RuntimeError) as error:
-            raise CheckpointError(f"{path} cannot be read: {' '.join(str(error).split())[-300:]}") from None
+            raise CheckpointError(f"{path} cannot be read: {reason_of(error)}") from None
         set_model_state_dict(model, state["model"])
         set_optimizer_state_dict(model, optimizers, state["optimizer"])
         torch.set_rng_state(state["rng"])
@@ -200,11 +207,25 @@ class Run:
         file = self.folder / METRICS
         if not self.processes.is_first or not file.exists():
             return
-        lines = file.read_text().splitlines()
+        try:
+            lines = file.read_text(errors="replace").splitlines()
+        except OSError as error:
+            raise CheckpointError(f"{file} cannot be read: {error.strerror}") from None
         kept = [line for line in lines if _is_up_to(line, step)]
         if kept == lines:
             return
         self._write(METRICS, "".join(f"{line}\n" for line in kept))
+
+
+def reason_of(error: BaseException) -> str:
+    """What went wrong, without the tracebacks of all processes that a CheckpointException shows."""
+    if isinstance(error, CheckpointException) and error.failures:
+        error, _ = next(iter(error.failures.values()))
+    # Where a disk is full, torch's writer fails once more on its way out, with words that say nothing of it.
+    behind = error
+    while not isinstance(behind, OSError) and behind.__context__ is not None:
+        behind = behind.__context__
+    return " ".join(str(behind if isinstance(behind, OSError) else error).split())[:300]
 
 
 def state_of(model: Decoder, optimizers: list[Optimizer]) -> dict[str, Any]:
@@ -232,6 +253,28 @@ def _is_up_to(line: str, step: int) -> bool:
         return bool(json.loads(line)["step"] <= step)
     except (ValueError, KeyError, TypeError):
         return False
+
+
+@contextlib.contextmanager
+def held(folder: Path) -> Iterator[None]:
+    """Keeps a run's folder from other processes; however this one ends, the system lets go of it.
+
+    InputError where another holds it; CheckpointError for a folder that cannot be written to.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        file = open(folder / LOCK, "a")  # noqa: SIM115
+    except OSError as error:
+        raise CheckpointError(f"the run's folder {folder} cannot be written to: {error.strerror}") from None
+    with file:
+        try:
+            if fcntl is not None:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise InputError(f"{folder} is in use by another run: wait for its end, or give another --out") from None
+        except OSError as error:
+            warnings.warn(f"{folder} cannot be locked ({error.strerror}): let no other run use it", stacklevel=2)
+        yield
 
 
 @contextlib.contextmanager

@@ -5,11 +5,13 @@ from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
 from pydantic import (
+    Discriminator,
     Field,
     NonNegativeFloat,
     NonNegativeInt,
     PositiveFloat,
     PositiveInt,
+    Tag,
     ValidationError,
     field_validator,
     model_validator,
@@ -18,8 +20,9 @@ from pydantic import (
 from kvell.config import ModelConfig, one_line
 from kvell.config_file import read_mapping, resolve
 from kvell.errors import ConfigError
+from kvell.families import builtin_names
 from kvell.layers.part import Part
-from kvell.training.tasks import TextTask
+from kvell.training.tasks import Task
 
 Share = Annotated[float, Field(ge=0, lt=1)]
 
@@ -61,10 +64,11 @@ Source = Annotated[StandardLibrary | TextFiles, Field(discriminator="kind")]
 class MixedTask(Part):
     """A task with known answers among the texts: `share` of the tokens of every step.
 
-    Its examples are as long as the step's stage allows, or shorter, down to `shortest` tokens.
+    Its examples are as long as the step's stage allows, or shorter, down to `shortest` tokens, whatever its own
+    `length` says. One of bare tokens takes its ids from those that the tokenizer gives to text.
     """
 
-    task: TextTask
+    task: Task
     share: Annotated[float, Field(gt=0, lt=1)]
     shortest: PositiveInt = 128
 
@@ -81,6 +85,13 @@ class NewTokenizer(Part):
     """A byte-level BPE trained on the training documents, every digit a token of its own."""
 
     vocab_size: Annotated[int, Field(ge=300)]
+
+
+# pydantic then tells what is wrong with the one that is meant, not with each in turn.
+Tokenizer = Annotated[
+    Annotated[NewTokenizer, Tag("new")] | Annotated[str, Tag("directory")],
+    Discriminator(lambda value: "directory" if isinstance(value, str) else "new"),
+]
 
 
 class Stage(Part):
@@ -133,8 +144,8 @@ class Losses(Part):
     """What the model learns from besides the next token: weights of the other losses, 0 for none.
 
     `answers` weighs the mean loss of a task's known answers. `draft` is the draft block's loss for the token after
-    the next, `index` what aligns indexers with attention, `balance` what evens out experts; `bias_rate` moves the
-    routers' selection biases against the load after every step, instead of by a loss.
+    the next, `index` what aligns indexers with attention, `balance` what evens out experts, both within a
+    micro-batch; `bias_rate` moves the routers' selection biases against the load after every step, not by a loss.
     """
 
     answers: NonNegativeFloat = 1.0
@@ -153,7 +164,7 @@ class Evaluation(Part):
     tokens: PositiveInt = 50_000
     length: PositiveInt = 4096
     patience: PositiveInt | None = None
-    tasks: tuple[TextTask, ...] = ()
+    tasks: tuple[Task, ...] = ()
     cases: PositiveInt = 100
     lengths: tuple[PositiveInt, ...] = ()
 
@@ -168,10 +179,10 @@ class Checkpoints(Part):
 class TrainingConfig(Part):
     """A whole run. `tokenizer` is one to train, or a directory that holds one. `start_from` takes the weights of a
     model's directory, which must be of this config; without it they are fresh. `compile` runs the token-wise parts
-    through torch.compile, see compiling.py."""
+    through torch.compile, see compiling.py. Relative paths are seen from where the run is started."""
 
     model: ModelConfig
-    tokenizer: NewTokenizer | str
+    tokenizer: Tokenizer
     data: Data
     stages: tuple[Stage, ...]
     optimizer: Optimizer = Optimizer()
@@ -200,6 +211,13 @@ class TrainingConfig(Part):
             raise ValueError(
                 f"tokenizer.vocab_size {self.tokenizer.vocab_size} is not the model's {self.model.vocab_size}"
             )
+        lengths = {f"stages.{index}.length": stage.length for index, stage in enumerate(self.stages)}
+        lengths |= {f"evaluation.lengths.{index}": length for index, length in enumerate(self.evaluation.lengths)}
+        for field, length in lengths.items():
+            if length > self.model.max_positions:
+                raise ValueError(f"{field}: {length} is more than model.max_positions {self.model.max_positions}")
+        if self.evaluation.tasks and not self.evaluation.lengths:
+            raise ValueError("evaluation.lengths: there is no length to draw evaluation.tasks at")
         for index, mixed in enumerate(self.data.tasks):
             shortest_stage = min(stage.length for stage in self.stages)
             if mixed.shortest > shortest_stage:
@@ -218,14 +236,15 @@ class TrainingConfig(Part):
     def read(cls, path: str | Path, changes: Mapping[str, Any] | None = None) -> Self:
         """A run's config from a YAML or JSON file; `changes` replace what it says at the top level.
 
-        `model` is a mapping as in a model's own config file, or the path of one, seen from this file's folder.
-        ConfigError or CheckpointError, in one line with the path in the file, for what cannot be.
+        `model` is a mapping as in a model's own config file, a built-in name, or the path of a config, seen from this
+        file's folder. ConfigError or CheckpointError, in one line with the path in the file, for what cannot be.
         """
         values = {**read_mapping(path), **(changes or {})}
         values.setdefault("out", f"runs/{Path(path).stem}")
         model = values.get("model")
         if isinstance(model, str):
-            values["model"] = ModelConfig.from_pretrained(Path(path).parent / model)
+            named = model if model in builtin_names() else Path(path).parent / model
+            values["model"] = ModelConfig.from_pretrained(named)
         elif isinstance(model, Mapping):
             values["model"] = resolve(model, f"{Path(path).name}: model")
         return cls.of(values, Path(path).name)

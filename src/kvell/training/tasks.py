@@ -65,8 +65,8 @@ class AssociativeRecall(Part):
     """
 
     kind: Literal["associative_recall"] = "associative_recall"
-    vocab_size: PositiveInt
-    length: PositiveInt
+    vocab_size: PositiveInt = 256
+    length: PositiveInt = 256
     num_pairs: PositiveInt
 
     @model_validator(mode="after")
@@ -98,8 +98,8 @@ class Induction(Part):
     """
 
     kind: Literal["induction"] = "induction"
-    vocab_size: PositiveInt
-    length: Annotated[int, Field(ge=4)]
+    vocab_size: PositiveInt = 256
+    length: Annotated[int, Field(ge=4)] = 256
     span: PositiveInt | None = None
 
     @model_validator(mode="after")
@@ -131,8 +131,8 @@ class Needle(Part):
     """
 
     kind: Literal["needle"] = "needle"
-    vocab_size: PositiveInt
-    length: PositiveInt
+    vocab_size: PositiveInt = 256
+    length: PositiveInt = 256
     num_distractors: NonNegativeInt = 3
 
     @model_validator(mode="after")
@@ -155,9 +155,6 @@ class Needle(Part):
         return Example(tokens, [self.length - 1], [question - places[asked]])
 
 
-TokenTask = Annotated[AssociativeRecall | Induction | Needle, Field(discriminator="kind")]
-
-
 class Passkey(Part):
     """One line with a number in a long text, and a question for it at the end (Mohtashami & Jaggi 2023,
     arXiv 2305.16300, section 4.2).
@@ -175,10 +172,18 @@ class Passkey(Part):
 
         ConfigError where `length` does not hold the line and the question, InputError for a haystack too short.
         """
-        line = Line("# The pass key is", f" {rng.randrange(10_000, 100_000)}", ". Remember it.")
+        lines, question = self._hiding(rng.randrange(10_000, 100_000))
         depth = rng.random() if self.depth is None else self.depth
-        question = "# What is the pass key? The pass key is"
-        return hidden(self.kind, self.length, [line], [depth], question, haystack, encode, bos)
+        return hidden(self.kind, self.length, lines, [depth], question, haystack, encode, bos)
+
+    def most_tokens(self, encode: Encode) -> int:
+        """How many tokens the line and the question take at most."""
+        return size(*encoded(*self._hiding(longest_number(encode)), encode))
+
+    @staticmethod
+    def _hiding(number: int) -> "tuple[list[Line], str]":
+        line = Line("# The pass key is", f" {number}", ". Remember it.")
+        return [line], "# What is the pass key? The pass key is"
 
 
 class Needles(Part):
@@ -193,19 +198,27 @@ class Needles(Part):
     def draw(self, rng: random.Random, haystack: Sequence[int], encode: Encode, bos: int | None = None) -> Example:
         """As a passkey's."""
         names = rng.sample(NAMES, self.num_needles)
-        numbers = rng.sample(range(10_000, 100_000), self.num_needles)
+        lines, question = self._hiding(names, rng.sample(range(10_000, 100_000), self.num_needles))
+        depths = [rng.random() for _ in lines]
+        if self.depth is not None:
+            depths[0] = self.depth
+        return hidden(self.kind, self.length, lines, depths, question, haystack, encode, bos)
+
+    def most_tokens(self, encode: Encode) -> int:
+        """As a passkey's."""
+        names = sorted(NAMES, key=lambda name: len(encode(f" {name}")), reverse=True)[: self.num_needles]
+        return size(*encoded(*self._hiding(names, [longest_number(encode)] * len(names)), encode))
+
+    @staticmethod
+    def _hiding(names: Sequence[str], numbers: Sequence[int]) -> "tuple[list[Line], str]":
         lines = [
             Line(f"# The pass key of {name} is", f" {number}", ".")
             for name, number in zip(names, numbers, strict=True)
         ]
-        depths = [rng.random() for _ in lines]
-        if self.depth is not None:
-            depths[0] = self.depth
-        question = f"# What is the pass key of {names[0]}? The pass key of {names[0]} is"
-        return hidden(self.kind, self.length, lines, depths, question, haystack, encode, bos)
+        return lines, f"# What is the pass key of {names[0]}? The pass key of {names[0]} is"
 
 
-TextTask = Annotated[Passkey | Needles, Field(discriminator="kind")]
+Task = Annotated[AssociativeRecall | Induction | Needle | Passkey | Needles, Field(discriminator="kind")]
 
 
 @dataclass(frozen=True)
@@ -232,10 +245,9 @@ def hidden(
     The haystack is never encoded again: the lines are put between its tokens, before those that begin with a line
     break, or at its end. Numbers are encoded on their own, so that an answer has the tokens that stood in its line.
     """
-    pieces = [(encode("\n" + line.before), encode(line.number), encode(line.after)) for line in lines]
+    pieces, end = encoded(lines, question, encode)
     start, answer = [] if bos is None else [bos], pieces[0][1]
-    end = encode("\n" + question) + answer
-    needed = len(start) + sum(len(part) for piece in pieces for part in piece) + len(end)
+    needed = len(start) + size(pieces, end)
     room = length - needed
     if room < 0:
         raise ConfigError(f"{name}: length {length} is too short for what is hidden and asked: it takes {needed}")
@@ -256,6 +268,24 @@ def hidden(
     tokens += text[done:] + end
     scored = list(range(length - len(answer), length))
     return Example(tokens, scored, [scored[0] - source] * len(answer))
+
+
+Pieces = list[tuple[list[int], list[int], list[int]]]
+
+
+def encoded(lines: Sequence[Line], question: str, encode: Encode) -> tuple[Pieces, list[int]]:
+    """The tokens before, in and behind the number of every line; and the question's, with the answer."""
+    pieces = [(encode("\n" + line.before), encode(line.number), encode(line.after)) for line in lines]
+    return pieces, encode("\n" + question) + pieces[0][1]
+
+
+def size(pieces: Pieces, end: Sequence[int]) -> int:
+    return sum(len(part) for piece in pieces for part in piece) + len(end)
+
+
+def longest_number(encode: Encode) -> int:
+    """A number of as many tokens as any that is hidden: a tokenizer may join digits."""
+    return max(range(10_000, 100_000, 997), key=lambda number: len(encode(f" {number}")))
 
 
 def line_breaks(encode: Encode) -> frozenset[int]:
