@@ -10,6 +10,7 @@ from test_cache import small_config
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import kvell
+from kvell.cache.stream import Stream
 
 
 class LargestTensor(TorchDispatchMode):
@@ -139,3 +140,17 @@ def test_a_prompt_interrupted_between_its_steps_makes_the_cache_unusable(monkeyp
         model(torch.zeros(1, 100, dtype=torch.long), cache=cache)
     with pytest.raises(kvell.CacheError, match="interrupted"):
         cache.fork()
+
+
+def test_a_growing_cache_grows_once_for_a_prompt_in_several_steps(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = random_model(small_config(100, None))
+    monkeypatch.setattr("kvell.model.MAX_STEP", 32)
+    moved = []
+    move = Stream._move
+    monkeypatch.setattr(Stream, "_move", lambda stream, *rest: moved.append(id(stream)) or move(stream, *rest))
+    cache = model.make_cache()
+    with torch.no_grad():
+        model(torch.zeros(1, 700, dtype=torch.long), cache=cache)
+    growing = [id(s) for key, s in cache.sequences[0].streams.items() if cache.specs[key].past is None]
+    assert growing
+    assert all(moved.count(stream) == 1 for stream in growing)

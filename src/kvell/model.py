@@ -28,8 +28,9 @@ from kvell.layers.norms import RMSNorm
 from kvell.layers.per_layer_embedding import MappedTable
 from kvell.step import Observed, Step
 
-# What a step computes for its tokens takes memory: a long prompt goes through in steps of so many tokens.
-MAX_STEP = 2048
+# What a step computes for its tokens takes memory: a long prompt goes through in steps of so many tokens. An
+# accelerator has more of both, memory and units to be kept busy.
+MAX_STEP, MAX_STEP_ON_ACCELERATOR = 1024, 4096
 
 
 class Decoder(nn.Module):
@@ -109,8 +110,8 @@ class Decoder(nn.Module):
         cache's sequence i, none sees another, and the logits are (1, sum of counts, V), or (1, sequences, V) with
         `last_only`. `return_streams` adds the residual of every token before the last collapse and norm, (B, n, C) or
         (B, n, N, C), which `draft` starts from. `observed` collects what training needs of the step besides. Where no
-        gradients are recorded and nothing is observed, a long prompt is worked through in steps of MAX_STEP tokens,
-        so what a call needs besides its results and its cache does not grow with it.
+        gradients are recorded and nothing is observed, a long prompt is worked through in steps of MAX_STEP tokens
+        (MAX_STEP_ON_ACCELERATOR on one), so what a call needs besides results and cache does not grow with it.
         InputError for tokens that cannot be; CacheError for a cache that does not fit. On an accelerator ids are not
         compared with the vocabulary, as looking would make it wait: there an id outside of it is the device's own
         error, and who takes ids from elsewhere compares them before, as `generate` does.
@@ -122,7 +123,7 @@ class Decoder(nn.Module):
             keep_freed_memory()
         recorded = torch.is_grad_enabled() and cache is None
         with torch.set_grad_enabled(recorded):
-            if recorded or observed is not None or sum(lengths) <= MAX_STEP:
+            if recorded or observed is not None or sum(lengths) <= self._max_step:
                 step = Step.of(tokens.flatten(), lengths, cache, self._sources, observed)
                 logits, streams = self._step(step, last_only, return_streams)
             else:
@@ -242,6 +243,10 @@ class Decoder(nn.Module):
             step.cache.end_step(step.counts)
         return logits, h if streams else None
 
+    @property
+    def _max_step(self) -> int:
+        return MAX_STEP if self.device.type == "cpu" else MAX_STEP_ON_ACCELERATOR
+
     def _steps(
         self, tokens: Int[Tensor, " T"], lengths: list[int], cache: Cache | None, last_only: bool, streams: bool
     ) -> tuple[Tensor, Tensor | None]:
@@ -250,10 +255,11 @@ class Decoder(nn.Module):
         if cache is None:
             cache = Cache(self._streams, len(lengths), max_length=max(lengths), dtype=self.dtype, device=self.device)
         cache.begin_step()
+        cache.reserve(lengths)
         logits: list[list[Tensor]] = [[] for _ in lengths]
         hidden: list[list[Tensor]] = [[] for _ in lengths]
         waiting = list(tokens.split(lengths))
-        for piece in pieces(lengths, MAX_STEP):
+        for piece in pieces(lengths, self._max_step):
             counts = list(piece.values())
             own = cache.part(list(piece))
             taken = [waiting[number][:count] for number, count in piece.items()]

@@ -204,6 +204,13 @@ class Cache:
         rewindable = min(self.max_rewind, sequence.rewindable + count)
         return stream.append(rows, stream.spec.rows(sequence.length + count, rewindable))
 
+    def reserve(self, counts: Sequence[int]) -> None:
+        """Makes room for `counts[i]` tokens more of sequence i, which several steps will bring."""
+        for sequence, count in zip(self.sequences, counts, strict=True):
+            rewindable = min(self.max_rewind, sequence.rewindable + count)
+            for stream in sequence.streams.values():
+                stream.reserve(stream.spec.rows(sequence.length + count, rewindable))
+
     def begin_step(self) -> None:
         """From here to `end_step` an interruption leaves the cache unusable; appending begins a step by itself."""
         self._step_open = True

@@ -113,6 +113,11 @@ class Stream:
         self.count = keep
         return joined
 
+    def reserve(self, rows: int) -> None:
+        """Grows at once to the buffer that `rows` rows will get, so that they are not moved on the way there."""
+        if self.reserved is None and len(self.buffer) < with_reserve(rows):
+            self._move(self.held, with_reserve(rows))
+
     def truncate(self, count: int) -> None:
         """Forgets all but the first `count` of the rows held, and gives back memory no longer needed."""
         self.count = count

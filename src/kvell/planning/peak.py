@@ -36,11 +36,15 @@ def _block_numbers(block: Block, tokens: int, step: int, last: int) -> int:
     all behind it, is about one token and not worth counting."""
     weights = [one for one in block.cost.weights if block.layer < last or (block.layer == last and one.every_token)]
     works = [one for one in block.cost.works if one.reads and block.layer < last]
-    return step * _passed(weights) + max((_seen_numbers(one, tokens) for one in works), default=0)
+    return step * _passed(weights) + max((_seen_numbers(one, tokens, step) for one in works), default=0)
 
 
-def _seen_numbers(work: Work, tokens: int) -> int:
-    """Of the rows that a block of queries sees: as many numbers as a query multiplies with, and a mask."""
+def _seen_numbers(work: Work, tokens: int, step: int) -> int:
+    """What attention makes of the rows seen. Where every row of the past is, it is read as it stands, and only the
+    step's own rows are repeated for their group, beside two outputs. Of a window's rows, or of entries, each as many
+    numbers as a query multiplies with, and a mask."""
+    if work.stride == 1 and work.most is None:
+        return 2 * step * work.per_row
     rows = min(work.rows(tokens) + QUERY_BLOCK // work.stride, tokens // work.stride)
     return rows * (work.per_row + QUERY_BLOCK)
 
