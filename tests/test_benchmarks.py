@@ -89,7 +89,9 @@ def test_a_goal_that_is_not_met_says_what_the_machine_allows() -> None:
     at_1k = {"kvell/default": {"decode": 2.0}, "transformers/default": {"decode": 5.0}}
     found = {"contexts": {"1024": at_1k}, "bounds": {"1024": {"decode": 1.6}}}
     line = small_models.goals_of("gemma4", found)[0].line()
-    assert line.endswith("not met (2.5x, 38% below at least 4x; reading weights and cache alone would allow 3.12x)")
+    assert line.endswith(
+        "not met (2.5x, 38% below at least 4x; reading weights and cache at the memory's bandwidth would allow 3.12x)"
+    )
 
 
 def test_sides_take_turns_in_changing_order() -> None:

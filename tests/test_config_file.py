@@ -112,6 +112,7 @@ def test_yaml_and_json_give_equal_configs(tmp_path: Path) -> None:
             described([{"use": "gqa", "attention": {"kv_source": True}}]),
             "file: layers.0 (layer 0): attention: kv_source cannot be true",
         ),
+        (described(["gqa"], eos_token_ids=[2, True]), "file: eos_token_ids cannot be true"),
         (described(["gqa"], eos_token_ids=2), "file: eos_token_ids: a list, not 2"),
         (described(["gqa"], per_layer_embedding=8), "file: per_layer_embedding: a mapping of names to values, not 8"),
         (described(["gqa"], hiden_size=8, hidden_size=None), "file: hiden_size: unknown field"),

@@ -196,6 +196,7 @@ WRONG_CALLS: dict[str, tuple[Any, dict[str, Any], str]] = {
     "half a token": (PROMPT, {"max_new_tokens": 1.5}, "max_new_tokens must be a whole number, not 1.5"),
     "half a seed": (PROMPT, {"seed": 1.5}, "seed must be a whole number, not 1.5"),
     "a seed too large": (PROMPT, {"seed": 2**64}, f"seed must be at most {2**64 - 1}, not {2**64}"),
+    "no temperature": (PROMPT, {"temperature": None}, "temperature must be a number, not None"),
     "a warm text": (PROMPT, {"temperature": "warm"}, "temperature must be a number, not 'warm'"),
     "stop without tokenizer": (PROMPT, {"stop": ["END"]}, "stop strings need a tokenizer"),
     "empty stop": (PROMPT, {"stop": ["END", ""], "tokenizer": TOKENIZER}, "a stop string is empty"),

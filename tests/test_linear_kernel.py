@@ -45,6 +45,8 @@ def test_the_kernels_are_what_runs(monkeypatch: pytest.MonkeyPatch) -> None:
         with kernels.use("reference"):
             kernel.linear(one, weight)
             kernel.linear(many, weight)
+        with torch.autocast("cpu", torch.bfloat16):
+            assert kernel.linear(one, weight.float()).dtype == torch.bfloat16
     kernel.linear(one, weight)
     kernel.linear(many, weight)
     assert len(ran) == 2

@@ -669,7 +669,7 @@ def evaluated(task: dict[str, Any], length: int) -> dict[str, Any]:
         ),
         (evaluated({"kind": "needles", "num_needles": 1}, 7), "evaluation.lengths.1: needles: 7 tokens do not hold"),
         (
-            mixed({"kind": "associative_recall", "num_pairs": 4}, 15),
+            mixed({"kind": "associative_recall", "num_pairs": 4}, 14),
             "data.tasks.0.shortest: associative_recall: length",
         ),
         (

@@ -254,8 +254,8 @@ class Decoder(nn.Module):
         made for the purpose."""
         if cache is None:
             cache = Cache(self._streams, len(lengths), max_length=max(lengths), dtype=self.dtype, device=self.device)
-        cache.begin_step()
         cache.reserve(lengths)
+        cache.begin_step()
         logits: list[list[Tensor]] = [[] for _ in lengths]
         hidden: list[list[Tensor]] = [[] for _ in lengths]
         waiting = list(tokens.split(lengths))
@@ -365,10 +365,10 @@ class Decoder(nn.Module):
 
 
 def sample(tensor: Tensor) -> Shaped[Tensor, " n"]:
-    """Values from all over a tensor: everything of a small one, else some 1,024 runs of 4, so that of a table on disk
-    no more than 1,024 pages are read. The odd step meets other columns in every row."""
+    """Values from all over a tensor: everything of a small one, else at most 1,024 runs of 4, so that of a table on
+    disk no more pages are read than that. The odd step meets other columns in every row."""
     values = tensor.detach().flatten()
-    return values if len(values) <= 4096 else values.unfold(0, 4, len(values) // 1024 | 1).flatten()
+    return values if len(values) <= 4096 else values.unfold(0, 4, -(-len(values) // 1024) | 1).flatten()
 
 
 def pieces(lengths: Sequence[int], most: int) -> Iterator[dict[int, int]]:

@@ -79,13 +79,13 @@ class Cache:
         self.fingerprint = fingerprint
         try:
             self.sequences = [self._new_sequence() for _ in range(batch_size)]
-        except RuntimeError:
+        except RuntimeError as error:
             if max_length is None:
                 raise
             needed = batch_size * reserved_nbytes(self.specs, max_length, self.max_rewind, dtype)
             raise CacheError(
                 f"max_length={max_length} for {batch_size} sequences: {device} has no memory for {needed} bytes"
-            ) from None
+            ) from error
         self.warned_of_length = False  # whether its user knows that a sequence outgrows the model's positions
         self._step_open = False
 

@@ -35,8 +35,8 @@ class SamplingSettings:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        for name in ("temperature", "top_p", "min_p"):
-            if not isinstance(value := getattr(self, name), Real | None):
+        for name, kinds in (("temperature", Real), ("top_p", Real | None), ("min_p", Real | None)):
+            if not isinstance(value := getattr(self, name), kinds):
                 raise InputError(f"{name} must be a number, not {value!r}")
         if not 0 <= self.temperature < math.inf:
             raise InputError(f"temperature {self.temperature} is not a finite number of at least 0")

@@ -26,12 +26,8 @@ def linear(
     x: Float[Tensor, "*shape in"], weight: Float[Tensor, "out in"], bias: Float[Tensor, " out"] | None = None
 ) -> Float[Tensor, "*shape out"]:
     """x @ weight.T + bias."""
-    if (
-        x.dtype is torch.bfloat16
-        and x.device.type == "cpu"
-        and not torch.is_grad_enabled()
-        and not reference_wanted()
-    ):
+    in_bf16 = x.dtype is torch.bfloat16 and weight.dtype is torch.bfloat16
+    if in_bf16 and x.device.type == "cpu" and not torch.is_grad_enabled() and not reference_wanted():
         rows = x.numel() // x.shape[-1]
         if rows == 1:
             return _of_one_row(x, weight, bias)

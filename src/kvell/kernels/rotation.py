@@ -24,7 +24,9 @@ def rotate_last(
 ) -> Float[Tensor, "T heads D"]:
     """Turns the last 2 x pairs channels of every head, each pair side by side, in the dtype of cos and sin."""
     width = 2 * cos.shape[-1]
-    rest, pairs = x[..., :-width], x[..., -width:].to(cos.dtype).unflatten(-1, (-1, 2))
+    pairs = x[..., -width:].to(cos.dtype).unflatten(-1, (-1, 2))
     # A pair is a complex number, and turning it one product.
     turned = torch.complex(*pairs.unbind(-1)) * torch.complex(cos, sin)[:, None]
-    return torch.cat([rest, torch.view_as_real(turned).flatten(-2).to(x.dtype)], dim=-1)
+    y = x.clone()
+    y[..., -width:] = torch.view_as_real(turned).flatten(-2)
+    return y

@@ -18,8 +18,11 @@ class Part(BaseModel):
         """Pydantic would read true as 1."""
         for name, field in cls.model_fields.items():
             value = values.get(name) if isinstance(values, Mapping) else None
-            if isinstance(value, bool) and bool not in (field.annotation, *get_args(field.annotation)):
-                raise ValueError(f"{name} cannot be {str(value).lower()}")
+            if bool in (field.annotation, *get_args(field.annotation)):
+                continue
+            for one in value if isinstance(value, list | tuple) else (value,):
+                if isinstance(one, bool):
+                    raise ValueError(f"{name} cannot be {str(one).lower()}")
         return values
 
 

@@ -69,7 +69,7 @@ class Plan:
     makes the context so long, and of a prompt as long, with and without what only the logits of tokens before the
     last need. A step of decoding reads `read_bytes` for the whole batch. Seconds are lower bounds on `device`, for
     the prompts and for a step of the whole batch. `working_bytes` estimates what a prefill needs beside weights and
-    cache.
+    cache, with Kvell's kernels for CPUs.
     """
 
     model: str

@@ -164,7 +164,7 @@ def check_tasks(config: TrainingConfig, encode: Encode, bos: int | None) -> None
         for task in config.evaluation.tasks
     ]
     for index, mixed in enumerate(config.data.tasks):
-        asked.append((f"data.tasks.{index}.shortest", mixed.task, mixed.shortest))
+        asked.append((f"data.tasks.{index}.shortest", mixed.task, mixed.shortest + 1))
         asked.append((f"data.tasks.{index}", mixed.task, longest))
     for field, task, length in asked:
         if problem := unmakeable(task, length, config.model.vocab_size, encode, bos):

@@ -7,7 +7,7 @@ goes on as if it had not been: model, optimizers and random state come from the 
 import time
 import warnings
 from collections.abc import Callable
-from contextlib import nullcontext
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -73,7 +73,15 @@ def train(
     set_threads(config.threads)
     processes = Processes.of(available_device(config.device))
     try:
-        with stop_requests() as stop, held(Path(config.out)) if processes.is_first else nullcontext():
+        with stop_requests() as stop, ExitStack() as stack:
+            problem: KvellError | None = None
+            if processes.is_first:
+                try:
+                    stack.enter_context(held(Path(config.out)))
+                except KvellError as error:
+                    problem = error
+            if (problem := processes.told_by_first(problem)) is not None:
+                raise problem
             return Training(config, processes, skip_bad, fresh).run(on_step, stop)
     finally:
         processes.leave()

@@ -19,7 +19,7 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method
 from torch.distributed.tensor import DTensor
 
-from kvell.errors import InputError
+from kvell.errors import InputError, KvellError
 from kvell.model import Decoder
 
 Name = TypeVar("Name", str, int)
@@ -100,6 +100,13 @@ class Processes:
         """Whether it is so on any process: what all of them are then to act on, in the same step."""
         return bool(self.total(torch.tensor(float(here), device=self.device)))
 
+    def told_by_first(self, problem: KvellError | None) -> KvellError | None:
+        """What the first process finds wrong, on every process."""
+        told = [problem]
+        if self.mesh is not None:
+            dist.broadcast_object_list(told, src=0, device=self.device)
+        return told[0]
+
     def wait(self) -> None:
         """Until every process has come this far."""
         if self.mesh is not None:
@@ -119,9 +126,12 @@ def is_first_to_say(message: str) -> bool:
     if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True":
         return True
     host, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
-    store = dist.TCPStore(host, port, is_master=False, timeout=timedelta(seconds=10))  # type: ignore[attr-defined]
     attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
-    return bool(store.add(f"kvell said in attempt {attempt}: {message}", 1) == 1)
+    try:
+        store = dist.TCPStore(host, port, is_master=False, timeout=timedelta(seconds=10))  # type: ignore[attr-defined]
+        return bool(store.add(f"kvell said in attempt {attempt}: {message}", 1) == 1)
+    except RuntimeError:  # the store is gone, and rather said twice than not at all
+        return True
 
 
 def outside_layers(model: nn.Module) -> Iterator[nn.Parameter]:

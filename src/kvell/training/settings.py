@@ -65,7 +65,8 @@ class MixedTask(Part):
     """A task with known answers among the texts: `share` of the tokens of every step.
 
     Its examples are as long as the step's stage allows, or shorter, down to `shortest` tokens, whatever its own
-    `length` says. One of bare tokens takes its ids from those that the tokenizer gives to text.
+    `length` says, which has to hold it all the same. One of bare tokens uses the ids below its `vocab_size`, whatever
+    they are to the tokenizer.
     """
 
     task: Task

@@ -284,7 +284,7 @@ def size(pieces: Pieces, end: Sequence[int]) -> int:
 
 
 def longest_number(encode: Encode) -> int:
-    """A number of as many tokens as any that is hidden: a tokenizer may join digits."""
+    """The number of most tokens among some of those that are hidden: a tokenizer may join digits."""
     return max(range(10_000, 100_000, 997), key=lambda number: len(encode(f" {number}")))
 
 
