@@ -23,8 +23,6 @@ from kvell.kernels.choice import reference_wanted, triton_wanted
 QUERY_BLOCK = 256
 # A window narrower than this has blocks of so many queries all the same.
 SMALLEST_BLOCK = 64
-# Up to so many rows a single query's products are quicker one by one than through a kernel that starts threads.
-FEW_ROWS = 2048
 
 
 def attention(
@@ -92,9 +90,6 @@ def attention_blocked(
     # The query heads that read one KV head stand as that head's rows: grouping without repeating a key.
     grouped = query.view(key.shape[1], -1, query.shape[2])
     k, v = key.transpose(0, 1), value.transpose(0, 1)
-    if len(key) <= FEW_ROWS:
-        weights = (grouped * scale @ k.mT).softmax(-1)
-        return (weights @ v).reshape(query.shape)
     return F.scaled_dot_product_attention(grouped[None], k[None], v[None], scale=scale).reshape(query.shape)
 
 
