@@ -104,15 +104,13 @@ def check_places(folder: Path, names: list[str]) -> None:
 @contextmanager
 def beside(folder: Path) -> Iterator[Path]:
     """A scratch folder inside `folder`, so that renaming out of it is atomic; gone afterwards in any case."""
-    if "\0" in str(folder):
-        raise CheckpointError(f"could not save to {str(folder)!r}: a path cannot hold NUL")
     scratch = None
     try:
         folder.mkdir(parents=True, exist_ok=True)
         scratch = Path(tempfile.mkdtemp(prefix=".saving-", dir=folder))
         yield scratch
-    except OSError as error:
-        raise CheckpointError(f"could not save to {folder}: {error}; what stood there is unchanged") from None
+    except (OSError, ValueError) as error:  # a name with a NUL in it is a ValueError
+        raise CheckpointError(f"could not save to {folder}: {error}; what stood there is unchanged") from error
     finally:
         if scratch is not None:
             shutil.rmtree(scratch, ignore_errors=True)
