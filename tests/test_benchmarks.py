@@ -124,7 +124,7 @@ def test_small_models_are_measured_through_workers_with_either_malloc_setting(
 ) -> None:
     monkeypatch.setattr(small_models, "DECODE_ROUNDS", 1)
     section = small_models.run(["gemma4"], [64], ["tuned"], threads=1, rounds=1)
-    assert not section.notes
+    assert not [note for note in section.notes if "failed" in note]
     found = section.figures["families"]["gemma4"]["contexts"]["64"]
     assert set(found) == {"kvell/tuned", "transformers/tuned"}
     fields = {"prefill", "prefill_samples", "peak_bytes", "cache_bytes", "decode"}
@@ -143,7 +143,7 @@ def test_a_family_that_fails_is_told_of_in_one_line_and_counts_as_missed(monkeyp
 
     monkeypatch.setattr(small_models, "measure_family", fail)
     section = small_models.run(["zaya"], [64], ["default"])
-    assert section.notes == ["zaya failed: kvell (default malloc) failed in load: no such folder"]
+    assert section.notes[-1] == "zaya failed: kvell (default malloc) failed in load: no such folder"
     assert [goal.met for goal in section.goals] == [False]
 
 
