@@ -665,7 +665,7 @@ def evaluated(task: dict[str, Any], length: int) -> dict[str, Any]:
     [
         (
             mixed({"kind": "passkey"}, 5),
-            "data.tasks.0.shortest: passkey: 5 tokens do not hold what is hidden and asked",
+            "data.tasks.0.shortest: passkey: 6 tokens do not hold what is hidden and asked",
         ),
         (evaluated({"kind": "needles", "num_needles": 1}, 7), "evaluation.lengths.1: needles: 7 tokens do not hold"),
         (

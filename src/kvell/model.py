@@ -203,9 +203,8 @@ class Decoder(nn.Module):
         tensors = dict(sorted(self.named_tensors()))
         own = dict(self.named_parameters()) | dict(self.named_buffers())
         described = f"{self.config.digest()} {[(name, tuple(t.shape)) for name, t in tensors.items()]}"
-        # A mapped table's values count as they are once looked up, whatever dtype they are stored in. They come from
-        # fewer places: with every page that is read the system maps up to half a megabyte around it.
-        some = [sample(t, 1024) if name in own else sample(t, 128).to(self.dtype) for name, t in tensors.items()]
+        # A mapped table's values count as they are once looked up, whatever dtype they are stored in.
+        some = [sample(t) if name in own else sample(t).to(self.dtype) for name, t in tensors.items()]
         values = torch.cat([part.view(torch.uint8).to(self.device) for part in some]).cpu()
         return hashlib.sha256(described.encode() + values.numpy().tobytes()).hexdigest()[:32]
 
@@ -365,11 +364,15 @@ class Decoder(nn.Module):
         warn(f"{longest} tokens, and the model has {limit} positions: it extrapolates")
 
 
-def sample(tensor: Tensor, runs: int) -> Shaped[Tensor, " n"]:
-    """Values from all over a tensor: everything of a small one, else 4,096 or fewer in at most so many runs. The odd
-    step meets other columns in every row."""
+def sample(tensor: Tensor) -> Shaped[Tensor, " n"]:
+    """Values from all over a tensor: everything of a small one, else 4,096 or fewer in at most 1,024 runs. The odd
+    step meets other columns in every row. A very large one, which may be a table on disk, has fewer runs: with every
+    page that is read the system maps up to half a megabyte around it."""
     values = tensor.detach().flatten()
-    return values if len(values) <= 4096 else values.unfold(0, 4096 // runs, -(-len(values) // runs) | 1).flatten()
+    if len(values) <= 4096:
+        return values
+    runs = 1024 if len(values) < 2**28 else 128
+    return values.unfold(0, 4096 // runs, -(-len(values) // runs) | 1).flatten()
 
 
 def pieces(lengths: Sequence[int], most: int) -> Iterator[dict[int, int]]:
