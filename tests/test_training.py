@@ -24,6 +24,7 @@ from kvell import cli
 from kvell.config_file import resolve
 from kvell.training import loop
 from kvell.training.corpus import read_corpus
+from kvell.training.run import LOCK, held
 from kvell.training.settings import Data, TrainingConfig
 
 GATED = {"kind": "gated_mlp", "intermediate_size": 24}
@@ -728,6 +729,17 @@ def test_what_is_wrong_for_all_processes_is_said_by_one(
     done = run_by_torchrun(2, "-m", "kvell.train", str(file))
     assert done.returncode == 1
     assert done.stderr.count(said) == 1, done.stderr
+
+
+def test_processes_that_find_the_folder_in_use_all_end_at_once(texts: Path, tmp_path: Path) -> None:
+    """The first one looks; the others must not begin to work without it."""
+    file = config_file(tmp_path, run_values(texts, tmp_path / "run"))
+    with held(tmp_path / "run"):
+        done = run_by_torchrun(2, "-m", "kvell.train", str(file))
+    assert done.returncode == 1
+    assert done.stderr.count("is in use by another run") == 1, done.stderr
+    assert "RuntimeError" not in done.stderr, done.stderr
+    assert not [path for path in (tmp_path / "run").iterdir() if path.name != LOCK]
 
 
 def test_the_standard_library_is_there_to_learn_from_with_its_documentation() -> None:
