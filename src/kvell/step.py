@@ -4,7 +4,7 @@ T tokens of the step: those of all its sequences, laid end to end, with nothing 
 prompts, a ragged batch and packed documents are all the same thing here: a list of counts.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -94,6 +94,20 @@ class Step:
             self.cache.append(index, (layer, name), piece, count)
             for index, (piece, count) in enumerate(zip(pieces, self.counts, strict=True))
         ]
+
+    def apart(
+        self,
+        part: Callable[..., Shaped[Tensor, "*shape"]],
+        *tensors: Shaped[Tensor, "..."] | None,
+        wanted: "Step | None" = None,
+        shape: Sequence[int] | None = None,
+    ) -> Shaped[Tensor, "*shape"]:
+        """`part(step, wanted or step, *tensors)`: what of a layer's work asks the cache, or whatever else grows.
+
+        Here it is a plain call. A step that is being compiled leaves it out of what is compiled (decoding.py), for
+        which the result has the `shape` stated, the first tensor's without one, and the first tensor's dtype.
+        """
+        return part(self, wanted or self, *tensors)
 
     def leave(self, layer: int, name: str, made: Any) -> None:
         """Leaves what a layer made, if a later layer reads it."""

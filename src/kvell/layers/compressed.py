@@ -51,7 +51,7 @@ from kvell.kernels.rounding import hadamard, round_fp4, round_fp8
 from kvell.layers.compressor import Compressor, EntryCompressor, entry_cost, entry_streams
 from kvell.layers.cost import Cost, Technique, Work, linear, norm, together, vector
 from kvell.layers.grouped_query import GroupedQuery
-from kvell.layers.indexer import EntryIndexer, Indexer
+from kvell.layers.indexer import EntryIndexer, Indexer, Questions
 from kvell.layers.key_values import KEY_VALUES, unlike
 from kvell.layers.linear import Linear
 from kvell.layers.norms import RMSNorm
@@ -295,46 +295,73 @@ class CompressedAttention(KeepsFp32):
 
     def forward(self, x: Float[Tensor, "T C"], step: "Step", wanted: "Step | None" = None) -> Float[Tensor, "W C"]:
         """`wanted` narrows the queries to some of the step's tokens: W = T without it."""
-        seen = self._seen(x, step)
-        index_entries = None if self.indexer is None else self.indexer.compressor(x.detach(), step)
+        rows = self._rows(x, step) if self.config.kv_source is None else None
+        raw = None if self.compressor is None else self.compressor(x)
+        index_raw = None if self.indexer is None else self.indexer.compressor(x.detach())
         if wanted is not None:
-            x, step = wanted.select(x), wanted
+            x = wanted.select(x)
         low_rank = self.q_a_norm(self.q_a_proj(x))
-        query = self.q_norm(self.q_b_proj(low_rank).unflatten(1, (-1, self.config.head_dim)))
-        turn = self._turn(step)
-        queries = turn.rotate_last(query).split(step.counts)
-        visible = self._visible(step)
+        turn = self._turn(wanted or step)
+        query = turn.rotate_last(self.q_norm(self.q_b_proj(low_rank).unflatten(1, (-1, self.config.head_dim))))
+        asked = (None, None) if self.indexer is None else self.indexer(x.detach(), low_rank.detach(), turn)
+        y = step.apart(self._attend, query, rows, raw, index_raw, *asked, wanted=wanted)
+        return self._project(turn.inverse().rotate_last(y))
+
+    def _attend(
+        self,
+        step: "Step",
+        wanted: "Step",
+        query: Float[Tensor, "W H D"],
+        rows: Float[Tensor, "T D"] | None,
+        raw: Float[Tensor, "T raw"] | None,
+        index_raw: Float[Tensor, "T index_raw"] | None,
+        index_query: Float[Tensor, "W H2 D2"] | None,
+        index_weights: Float[Tensor, "W H2"] | None,
+    ) -> Float[Tensor, "W H D"]:
+        """Over the window's rows and the entries, of the past and of this step, that are the layer's own or its
+        source's; `raw` and `index_raw` are what new entries are made of."""
+        seen = self._seen(rows, raw, step, wanted)
+        queries, visible = query.split(wanted.counts), self._visible(wanted)
         scale, window = self.config.head_dim**-0.5, self.config.sliding_window
-        if self.indexer is not None and index_entries is not None:
-            questions = self.indexer(x.detach(), low_rank.detach(), turn)
-            seen = seen._replace(picks=self.indexer.pick(questions, index_entries, visible, step))
+        if self.indexer is not None and index_raw is not None:
+            assert index_query is not None
+            assert index_weights is not None
+            index_entries = self.indexer.compressor.entries(index_raw, step)
+            questions = Questions(index_query, index_weights)
+            seen = seen._replace(picks=self.indexer.pick(questions, index_entries, visible, wanted))
             if step.observed is not None:
                 masses = [
                     attention_mass(*own, self.sink, scale=scale, window=window)
                     for own in zip(queries, seen.window, seen.entries, visible, strict=True)
                 ]
                 step.observed.index_losses[self.index] = self.indexer.loss(
-                    questions, index_entries, visible, masses, step
+                    questions, index_entries, visible, masses, wanted
                 )
         step.leave(self.index, KEY_VALUES, seen)
         outputs = [
             compressed_attention(*own, self.sink, scale=scale, window=window)
             for own in zip(queries, seen.window, seen.entries, visible, seen.picks, strict=True)
         ]
-        return self._project(turn.inverse().rotate_last(torch.cat(outputs)))
+        return outputs[0] if len(outputs) == 1 else torch.cat(outputs)
 
-    def _seen(self, x: Float[Tensor, "T C"], step: "Step") -> Rows:
+    def _seen(
+        self, rows: Float[Tensor, "T D"] | None, raw: Float[Tensor, "T raw"] | None, step: "Step", wanted: "Step"
+    ) -> Rows:
         """The rows and entries of the past and of this step, the layer's own or its source's, and the source's picks
         where they are taken."""
-        if self.config.kv_source is None:
-            rows = step.append(self.index, "window", self._rows(x, step))
-            entries = [row[:0] for row in rows] if self.compressor is None else self.compressor(x, step)
-            return Rows(rows, entries, [None] * len(rows))
+        if rows is not None:
+            window = step.append(self.index, "window", rows)
+            if self.compressor is None or raw is None:
+                entries = [row[:0] for row in window]
+            else:
+                entries = self.compressor.entries(raw, step)
+            return Rows(window, entries, [None] * len(window))
         source: Rows = step.made[self.config.kv_source, KEY_VALUES]
         if not self.config.source_picks:
             return source._replace(picks=[None] * len(source.picks))
         # The source may have picked for all tokens of a step of which only the last are left.
-        picks = [own if own is None else own[-count:] for own, count in zip(source.picks, step.counts, strict=True)]
+        counts = wanted.counts
+        picks = [own if own is None else own[-count:] for own, count in zip(source.picks, counts, strict=True)]
         return source._replace(picks=picks)
 
     def init_parameters(self) -> None:

@@ -85,9 +85,12 @@ class EntryCompressor(KeepsFp32):
         self.position_bias = nn.Parameter(torch.zeros(config.ratio, channels, dtype=torch.float32))
         self.norm = RMSNorm(width, site.norm_eps)
 
-    def forward(self, x: Float[Tensor, "T C"], step: "Step") -> list[Float[Tensor, "_ D"]]:
+    def forward(self, x: Float[Tensor, "T C"]) -> Float[Tensor, "T raw"]:
+        """Every token's raw row: its values, then its gates."""
+        return torch.cat([self.kv_proj(x), self.gate_proj(x)], dim=1)
+
+    def entries(self, raw: Float[Tensor, "T raw"], step: "Step") -> list[Float[Tensor, "_ D"]]:
         """Every sequence's entries, those of the past and those that its new tokens complete."""
-        raw = torch.cat([self.kv_proj(x), self.gate_proj(x)], dim=1)
         seen = step.append(self.index, f"{self.name}_raw", raw)
         complete = [
             self._complete(rows, start, start + count)

@@ -193,17 +193,27 @@ class ConvolutionalAttention(nn.Module):
         """`wanted` narrows the queries to some of the step's tokens: W = T without it."""
         config = self.config
         query, key = self._query_and_key(x, step)
-        if config.kv_source is None:
-            seen = self._append(key, self._value(x, step), step)
-            step.leave(self.index, KEY_VALUES, seen)
-        else:
-            seen = step.made[config.kv_source, KEY_VALUES]
+        value = self._value(x, step) if config.kv_source is None else None
         if wanted is not None:
-            query, step = wanted.select(query), wanted
-        scale, window = config.head_dim**-0.5, config.sliding_window
-        return self.o_proj(
-            attention(query, seen.keys, seen.values, step.counts, scale=scale, window=window).flatten(1)
-        )
+            query = wanted.select(query)
+        y = step.apart(self._attend, query, None if value is None else key, value, wanted=wanted)
+        return self.o_proj(y.flatten(1))
+
+    def _attend(
+        self,
+        step: "Step",
+        wanted: "Step",
+        query: Float[Tensor, "W H D"],
+        key: Float[Tensor, "T K D"] | None,
+        value: Float[Tensor, "T K D"] | None,
+    ) -> Float[Tensor, "W H D"]:
+        """Over this step's keys and values, joined to those its sequences remember, or over another layer's."""
+        if key is not None and value is not None:
+            seen = KeyValues.appended(self.index, key, value, step)
+        else:
+            seen = step.made[self.config.kv_source, KEY_VALUES]
+        scale, window = self.config.head_dim**-0.5, self.config.sliding_window
+        return attention(query, seen.keys, seen.values, wanted.counts, scale=scale, window=window)
 
     def _query_and_key(
         self, x: Float[Tensor, "T C"], step: "Step"
@@ -213,10 +223,8 @@ class ConvolutionalAttention(nn.Module):
         config = self.config
         own_keys, reach = config.kv_source is None, config.reach
         rows = torch.cat([self.q_proj(x), self.k_proj(x)], dim=1) if own_keys else self.q_proj(x)
-        behind = [
-            preceded(seen, count + reach)
-            for seen, count in zip(step.append(self.index, "query_key", rows), step.counts, strict=True)
-        ]
+        length = len(rows) + reach * len(step.counts)
+        laid = step.apart(self._laid, rows, shape=(length, config.channels))
         cos, sin = None, None
         if config.rotary is not None:
             cos, sin = step.rotary(config.rotary, config.head_dim, x.dtype)
@@ -224,7 +232,7 @@ class ConvolutionalAttention(nn.Module):
         assert depthwise.bias is not None
         assert grouped.bias is not None
         return convolved_heads(
-            torch.cat(behind),
+            laid,
             depthwise.weight,
             depthwise.bias,
             grouped.weight,
@@ -235,19 +243,22 @@ class ConvolutionalAttention(nn.Module):
             step.counts,
         )
 
-    def _append(self, key: Float[Tensor, "T K D"], value: Float[Tensor, "T KD"], step: "Step") -> KeyValues:
-        """This step's keys and values, joined to those its sequences remember."""
-        heads = self.config.num_kv_heads, self.config.head_dim
-        keys = step.append(self.index, "key", key.flatten(1))
-        values = step.append(self.index, "value", value)
-        return KeyValues([rows.unflatten(1, heads) for rows in keys], [rows.unflatten(1, heads) for rows in values])
+    def _laid(self, step: "Step", _: "Step", rows: Float[Tensor, "T channels"]) -> Float[Tensor, "L channels"]:
+        """Every sequence's rows behind those that its convolutions reach back to, all end to end."""
+        seen = step.append(self.index, "query_key", rows)
+        reach = self.config.reach
+        return torch.cat([preceded(own, count + reach) for own, count in zip(seen, step.counts, strict=True)])
 
-    def _value(self, x: Float[Tensor, "T C"], step: "Step") -> Float[Tensor, "T KD"]:
+    def _value(self, x: Float[Tensor, "T C"], step: "Step") -> Float[Tensor, "T K D"]:
         """Half the channels from the token itself, half from the one before it in its sequence."""
-        seen = step.append(self.index, "delayed_value", self.v_proj_delayed(x))
+        before = step.apart(self._delayed, self.v_proj_delayed(x))
+        return torch.cat([self.v_proj_current(x), before], dim=1).unflatten(1, (-1, self.config.head_dim))
+
+    def _delayed(self, step: "Step", _: "Step", own: Float[Tensor, "T width"]) -> Float[Tensor, "T width"]:
+        """What the token before each makes."""
+        seen = step.append(self.index, "delayed_value", own)
         nothing = self.v_proj_delayed.bias  # what the projection makes of the zeros before a sequence's beginning
-        before = [preceded(rows, count + 1, nothing)[:-1] for rows, count in zip(seen, step.counts, strict=True)]
-        return torch.cat([self.v_proj_current(x), torch.cat(before)], dim=1)
+        return torch.cat([preceded(s, n + 1, nothing)[:-1] for s, n in zip(seen, step.counts, strict=True)])
 
 
 def preceded(

@@ -154,30 +154,36 @@ class GroupedQueryAttention(nn.Module):
 
     def forward(self, x: Float[Tensor, "T C"], step: "Step", wanted: "Step | None" = None) -> Float[Tensor, "W C"]:
         """`wanted` narrows the queries to some of the step's tokens: W = T without it."""
+        key = value = None
         if self.config.kv_source is None:
-            seen = self._make(x, step)
-            step.leave(self.index, KEY_VALUES, seen)
-        else:
-            seen = step.made[self.config.kv_source, KEY_VALUES]
+            raw = self.k_proj(x)
+            key = self._turned(self._heads(raw, self.k_norm), step)
+            value = self._heads(raw if self.config.value_from_key else self.v_proj(x), self.v_norm)
         if wanted is not None:
-            x, step = wanted.select(x), wanted
-        query = self._heads(self.q_proj(x), self.q_norm)
-        if self.config.rotary is not None:
-            query = step.rotary(self.config.rotary, self.config.head_dim, x.dtype).rotate(query)
-        y = attention(query, seen.keys, seen.values, step.counts, scale=self.scale, window=self.config.sliding_window)
+            x = wanted.select(x)
+        query = self._turned(self._heads(self.q_proj(x), self.q_norm), wanted or step)
+        y = step.apart(self._attend, query, key, value, wanted=wanted)
         return self.o_proj(self._gate(x, y).flatten(1))
 
-    def _make(self, x: Float[Tensor, "T C"], step: "Step") -> KeyValues:
-        """This step's keys and values, joined to those its sequences remember."""
-        raw = self.k_proj(x)
-        value = self._heads(raw if self.config.value_from_key else self.v_proj(x), self.v_norm)
-        key = self._heads(raw, self.k_norm)
-        if self.config.rotary is not None:
-            key = step.rotary(self.config.rotary, self.config.head_dim, x.dtype).rotate(key)
-        heads = (self.config.num_kv_heads, self.config.head_dim)
-        keys = step.append(self.index, "key", key.flatten(1))
-        values = step.append(self.index, "value", value.flatten(1))
-        return KeyValues([rows.unflatten(1, heads) for rows in keys], [rows.unflatten(1, heads) for rows in values])
+    def _attend(
+        self,
+        step: "Step",
+        wanted: "Step",
+        query: Float[Tensor, "W H D"],
+        key: Float[Tensor, "T K D"] | None,
+        value: Float[Tensor, "T K D"] | None,
+    ) -> Float[Tensor, "W H D"]:
+        """Over this step's keys and values, joined to those its sequences remember, or over another layer's."""
+        if key is not None and value is not None:
+            seen = KeyValues.appended(self.index, key, value, step)
+        else:
+            seen = step.made[self.config.kv_source, KEY_VALUES]
+        window = self.config.sliding_window
+        return attention(query, seen.keys, seen.values, wanted.counts, scale=self.scale, window=window)
+
+    def _turned(self, heads: Float[Tensor, "T H D"], step: "Step") -> Float[Tensor, "T H D"]:
+        rotary = self.config.rotary
+        return heads if rotary is None else step.rotary(rotary, self.config.head_dim, heads.dtype).rotate(heads)
 
     def _heads(self, x: Float[Tensor, "T HD"], norm: RMSNorm | None) -> Float[Tensor, "T H D"]:
         heads = x.unflatten(-1, (-1, self.config.head_dim))

@@ -6,11 +6,15 @@ wrong: it must see the keys of the whole step, not what the source's sliding win
 writes none to the cache.
 """
 
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
+from jaxtyping import Float
 from torch import Tensor
 
 from kvell.layers.part import Part
+
+if TYPE_CHECKING:
+    from kvell.step import Step
 
 KEY_VALUES = "key_values"
 
@@ -20,6 +24,18 @@ class KeyValues(NamedTuple):
 
     keys: list[Tensor]
     values: list[Tensor]
+
+    @classmethod
+    def appended(
+        cls, layer: int, key: Float[Tensor, "T K D"], value: Float[Tensor, "T K D"], step: "Step"
+    ) -> "KeyValues":
+        """A layer's keys and values of this step, joined to those that its sequences remember, and left for whoever
+        reads them."""
+        heads = key.shape[1:]
+        rows = (step.append(layer, name, made.flatten(1)) for name, made in (("key", key), ("value", value)))
+        seen = cls(*([own.unflatten(1, heads) for own in every] for every in rows))
+        step.leave(layer, KEY_VALUES, seen)
+        return seen
 
 
 def unlike(mine: Part, source: Part, fields: tuple[str, ...]) -> str | None:
