@@ -1,10 +1,14 @@
-"""What a program runs on: the threads it may use, the memory it has used."""
+"""What a program runs on: the threads it may use, the memory it has used, what it can compile with."""
 
 import os
 import sys
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from kvell.errors import whole_number
+from kvell.errors import InputError, whole_number
+
+if TYPE_CHECKING:
+    import torch
 
 # More threads a CPU than this gain nothing, and some ten thousand of them are more than a process survives.
 THREADS_PER_CPU = 8
@@ -32,3 +36,21 @@ def peak_resident_bytes() -> int:
 
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak if sys.platform == "darwin" else peak * 1024
+
+
+def check_compiler(device: "torch.device") -> None:
+    """InputError where torch.compile has nothing to compile with: a C++ compiler for the CPU, Triton for others."""
+    from torch._inductor.cpp_builder import get_cpp_compiler
+    from torch._inductor.exc import InvalidCxxCompiler
+    from torch.utils._triton import has_triton
+
+    if device.type == "cpu":
+        try:
+            get_cpp_compiler()
+        except InvalidCxxCompiler:
+            raise InputError(
+                "compile: no C++ compiler works here: install g++, name another in the environment's CXX, or do "
+                "without compiling"
+            ) from None
+    elif not has_triton():
+        raise InputError(f"compile: no Triton works on {device}: install it, or do without compiling")

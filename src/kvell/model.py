@@ -7,9 +7,9 @@ T tokens of a step, of all its sequences end to end; C hidden size; V vocabulary
 
 import hashlib
 import operator
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Literal, overload
+from typing import TYPE_CHECKING, Any, Literal, Self, overload
 
 import torch
 from jaxtyping import Float, Int, Shaped
@@ -19,7 +19,8 @@ from torch.utils.checkpoint import checkpoint
 from kvell.cache import Cache, StreamSpecs
 from kvell.config import ModelConfig
 from kvell.draft import DraftBlock
-from kvell.errors import CacheError, InputError, warn
+from kvell.errors import CacheError, InputError, warn, whole_number
+from kvell.kernels.choice import chosen
 from kvell.kernels.heap import keep_freed_memory
 from kvell.kernels.linear import linear
 from kvell.layer import Layer
@@ -27,6 +28,9 @@ from kvell.layers.linear import Linear
 from kvell.layers.norms import RMSNorm
 from kvell.layers.per_layer_embedding import MappedTable
 from kvell.step import Observed, Step
+
+if TYPE_CHECKING:
+    from kvell.decoding import CompiledStep
 
 # What a step computes for its tokens takes memory: a long prompt goes through in steps of so many tokens. An
 # accelerator has more of both, memory and units to be kept busy.
@@ -59,6 +63,7 @@ class Decoder(nn.Module):
         self._sources = config.reads()
         self._streams, self._draft_streams = config.streams(), config.draft_streams()
         self._last_writer = max(layer for layer, _ in self._streams)
+        self._compiled: dict[int, CompiledStep] = {}  # by the number of sequences
         self.reset_parameters()
 
     @property
@@ -208,6 +213,21 @@ class Decoder(nn.Module):
         values = torch.cat([part.view(torch.uint8).to(self.device) for part in some]).cpu()
         return hashlib.sha256(described.encode() + values.numpy().tobytes()).hexdigest()[:32]
 
+    def compile_decoding(self, batch_size: int = 1, *, folder: str | Path | None = None) -> Self:
+        """Compiles the step that decodes: one token for each of `batch_size` sequences, with a cache.
+
+        From here on `forward` runs it whenever a call is such a step, for twice the speed of a small model or more;
+        its logits are equal to float tolerance. What was compiled is kept in `folder` (`~/.cache/kvell`, or in
+        XDG_CACHE_HOME) and found there by later processes. It stands until the weights move: after `.to()`,
+        `load_state_dict` and in copies of the model, compile again. InputError off the CPU, without a C++ compiler,
+        and where the folder cannot be written.
+        """
+        from kvell.decoding import CompiledStep, kept_at
+
+        count = whole_number("batch_size", batch_size, error=InputError)
+        self._compiled[count] = CompiledStep(self, count, kept_at(folder))
+        return self
+
     def save_pretrained(self, path: str | Path, *, max_shard_bytes: int = 4 * 2**30) -> None:
         """Writes config.json and safetensors: in the released family's own format where the config came from one
         and still fits it, else in Kvell's. No tokenizer, which is not the model's: whoever has one copies its
@@ -236,12 +256,41 @@ class Decoder(nn.Module):
 
     def _step(self, step: Step, last_only: bool, streams: bool) -> tuple[Tensor, Tensor | None]:
         """Logits (W, V) and, if wanted, the streams (T, *C) of one step, at the end of which the cache stands."""
-        h = self._run(step, last_only and not streams)
-        wanted = step.last().select(h) if last_only and streams else h
-        logits = self._logits(self.norm(self.ends.close(wanted)))
+        compiled = None if streams else self._compiled_for(step)
+        if compiled is not None:
+            logits, h = compiled(step), None
+        else:
+            h = self._run(step, last_only and not streams)
+            logits = self._behind(step.last().select(h) if last_only and streams else h)
         if step.cache is not None:
             step.cache.end_step(step.counts)
         return logits, h if streams else None
+
+    def logits_of(self, step: Step) -> Float[Tensor, "T V"]:
+        """Logits of every token of a step: what is compiled by `compile_decoding`."""
+        return self._behind(self._run(step, last_only=False))
+
+    def _behind(self, h: Float[Tensor, "W *C"]) -> Float[Tensor, "W V"]:
+        """What stands behind the layers."""
+        return self._logits(self.norm(self.ends.close(h)))
+
+    def _compiled_for(self, step: Step) -> "CompiledStep | None":
+        """Compiled code for a step of one token per sequence with a cache, if there is any and it is to be used."""
+        compiled = self._compiled.get(len(step.counts))
+        if compiled is None or step.cache is None or step.observed is not None or len(step.tokens) != len(step.counts):
+            return None
+        return compiled if chosen() == "fast" else None
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
+        self._compiled = {}  # it knows the weights by their addresses
+        return super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+
+    def load_state_dict(self, *arguments: Any, **settings: Any) -> Any:
+        self._compiled = {}
+        return super().load_state_dict(*arguments, **settings)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return self.__dict__ | {"_compiled": {}}
 
     @property
     def _max_step(self) -> int:
@@ -285,7 +334,7 @@ class Decoder(nn.Module):
         computed for the wanted tokens alone: with cross-layer sharing that is more than half of the model.
         """
         embedded = self._embed(step.tokens)
-        inputs = self.per_layer_inputs(step.tokens, embedded) if self.per_layer_inputs is not None else None
+        inputs = self.per_layer_inputs(embedded, step) if self.per_layer_inputs is not None else None
         h = self.ends.open(embedded)
         for index, layer in enumerate(self.layers):
             wanted = step.last() if last_only and index == self._last_writer else None

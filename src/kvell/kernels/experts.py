@@ -24,8 +24,12 @@ def experts(
     unit: Callable[[Tensor, Tensor], Tensor],
 ) -> Float[Tensor, "T C"]:
     """The weighted sum of each token's chosen experts; `gate_up` stacks gate rows over up rows."""
-    fast = experts_of_one_token if len(x) == 1 else experts_grouped
-    run = experts_reference if reference_wanted() else fast
+    if reference_wanted():
+        run = experts_reference
+    elif torch.compiler.is_compiling():
+        run = experts_indexed
+    else:
+        run = experts_of_one_token if len(x) == 1 else experts_grouped
     return run(x, weights, chosen, gate_up, down, unit)
 
 
@@ -61,6 +65,22 @@ def experts_of_one_token(
             gate, up = linear(x, gate_up[expert]).chunk(2, dim=-1)
             outputs.append(linear(unit(gate, up), down[expert]))
     return weights @ torch.cat(outputs)
+
+
+def experts_indexed(
+    x: Float[Tensor, "T C"],
+    weights: Float[Tensor, "T k"],
+    chosen: Int[Tensor, "T k"],
+    gate_up: Float[Tensor, "E I2 C"],
+    down: Float[Tensor, "E C I"],
+    unit: Callable[[Tensor, Tensor], Tensor],
+) -> Float[Tensor, "T C"]:
+    """Nothing but the weights read depends on the choice. To be compiled: run as it stands it would copy them."""
+    there = chosen < len(gate_up)
+    expert = torch.where(there, chosen, 0)
+    gate, up = (gate_up[expert] * x[:, None, None]).sum(-1).chunk(2, dim=-1)
+    outputs = (down[expert] * unit(gate, up)[:, :, None]).sum(-1)
+    return (outputs * torch.where(there, weights, 0)[:, :, None]).sum(1)
 
 
 def experts_grouped(

@@ -98,7 +98,7 @@ def _sinkhorn_by_columns(logits: Float[Tensor, "N N T"], iterations: int, eps: f
     """`sinkhorn` of every token's matrix at once, in place where no gradients are recorded."""
     halves = [0] + [1, 0] * (iterations - 1)
     mix = logits.softmax(1) + eps
-    if torch.is_grad_enabled():
+    if torch.is_grad_enabled() or torch.compiler.is_compiling():
         for half in halves:
             mix = mix / (mix.sum(half, keepdim=True) + eps)
         return mix

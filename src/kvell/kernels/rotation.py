@@ -25,6 +25,10 @@ def rotate_last(
     """Turns the last 2 x pairs channels of every head, each pair side by side, in the dtype of cos and sin."""
     width = 2 * cos.shape[-1]
     pairs = x[..., -width:].to(cos.dtype).unflatten(-1, (-1, 2))
+    if torch.compiler.is_compiling():  # torch's compiler has no complex numbers
+        (a, b), c, s = pairs.unbind(-1), cos[:, None], sin[:, None]
+        both = torch.stack([a * c - b * s, b * c + a * s], dim=-1).flatten(-2)
+        return torch.cat([x[..., :-width], both.to(x.dtype)], dim=-1)
     # A pair is a complex number, and turning it one product.
     turned = torch.complex(*pairs.unbind(-1)) * torch.complex(cos, sin)[:, None]
     y = x.clone()

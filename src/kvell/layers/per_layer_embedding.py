@@ -14,7 +14,7 @@ The table is most of a small model's parameters and only the rows of used tokens
 memory-mapped on disk or off the accelerator. What people get wrong: dropping one of the three scales.
 """
 
-from typing import Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import torch
 from jaxtyping import Float, Int
@@ -26,6 +26,9 @@ from kvell.layers.feed_forward import ACTIVATIONS, ActivationName
 from kvell.layers.linear import Linear
 from kvell.layers.norms import RMSNorm
 from kvell.layers.part import Part, Site
+
+if TYPE_CHECKING:
+    from kvell.step import Step
 
 # Where the table is a larger share of the model than this, loading on the CPU leaves it on disk.
 MAPPED_SHARE = 0.25
@@ -88,12 +91,15 @@ class PerLayerInputs(nn.Module):
         self.projection_scale = site.hidden_size**-0.5
         self.norm = RMSNorm(config.width, site.norm_eps)
 
-    def forward(self, tokens: Int[Tensor, " T"], embedded: Float[Tensor, "T C"]) -> Float[Tensor, "T L P"]:
+    def forward(self, embedded: Float[Tensor, "T C"], step: "Step") -> Float[Tensor, "T L P"]:
         shape = (-1, self.num_layers, self.width)
-        rows = self.table(tokens).to(embedded)
+        rows = step.apart(self._look_up, embedded, shape=(len(embedded), self.num_layers * self.width))
         token = rows.view(shape) * torch.tensor(self.width**0.5).to(rows.dtype).item()
         context = self.norm((self.projection(embedded) * self.projection_scale).view(shape))
         return (context + token) * 2**-0.5
+
+    def _look_up(self, step: "Step", _: "Step", embedded: Float[Tensor, "T C"]) -> Float[Tensor, "T LP"]:
+        return self.table(step.tokens).to(embedded)
 
 
 class PerLayerInjection(nn.Module):

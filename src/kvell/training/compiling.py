@@ -13,11 +13,8 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch._inductor.cpp_builder import get_cpp_compiler
-from torch._inductor.exc import InvalidCxxCompiler
-from torch.utils._triton import has_triton
 
-from kvell.errors import InputError
+from kvell.hardware import check_compiler
 from kvell.kernels import choice
 from kvell.layer import Layer
 from kvell.layers.feed_forward import GatedFeedForward
@@ -62,17 +59,3 @@ def replace(module: nn.Module, name: str) -> None:
         return (compiled if torch.is_grad_enabled() else plain)(*values)
 
     setattr(module, name, either)
-
-
-def check_compiler(device: torch.device) -> None:
-    """InputError where torch.compile has nothing to compile with: a C++ compiler for the CPU, Triton for others."""
-    if device.type == "cpu":
-        try:
-            get_cpp_compiler()
-        except InvalidCxxCompiler:
-            raise InputError(
-                "compile: no C++ compiler works here: install g++, name another in the environment's CXX, or set "
-                "compile to false"
-            ) from None
-    elif not has_triton():
-        raise InputError(f"compile: no Triton works on {device}: install it, or set compile to false")

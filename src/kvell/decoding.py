@@ -1,0 +1,160 @@
+"""The step of one token per sequence, compiled as a whole for the CPU.
+
+Decoding a small model is bound by what surrounds each operator, not by the numbers that it reads. The step is traced
+once, by running it on tensors without values, and compiled by torch's AOTInductor to machine code that is called
+without Python:
+
+    tokens, positions -> embed -> layers -> norm -> head -> logits
+                                    |
+                                    `-> what asks the cache (Step.apart) is called back, with the step as it is
+
+Around the cache all shapes are known: one row per sequence. What grows with the past, attention and compressed
+entries, runs as ever, so the cache, its rewinding and its files are the same. The weights are the model's own: the
+machine code is told where they lie.
+
+Compiled code is kept in `folder` under a digest of everything it depends on: the traced step, torch, the processor
+and the number of threads. Tracing takes seconds, compiling a quarter of a minute for ten small layers.
+"""
+
+import hashlib
+import os
+import platform
+import tempfile
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from kvell.errors import InputError
+from kvell.hardware import check_compiler
+from kvell.step import Left, Step
+
+if TYPE_CHECKING:
+    from kvell.model import Decoder
+
+Part = Callable[..., Tensor]
+
+_library = torch.library.Library("kvell", "FRAGMENT")
+_library.define("apart(Tensor?[] tensors, int part, SymInt[] shape) -> Tensor")
+# The step that runs on this thread, and the parts of the compiled code that runs it.
+_running = threading.local()
+
+
+def _call_back(tensors: Sequence[Tensor | None], part: int, shape: Sequence[int]) -> Tensor:
+    step: Step = _running.step
+    made: Tensor = _running.parts[part](step, step, *tensors)
+    return made.contiguous()
+
+
+def _shaped(tensors: Sequence[Tensor | None], part: int, shape: Sequence[int]) -> Tensor:
+    assert tensors[0] is not None
+    return tensors[0].new_empty(shape)
+
+
+_library.impl("apart", _call_back, "CPU")
+torch.library.register_fake("kvell::apart", _shaped, lib=_library)
+
+
+class _TracedStep(Step):
+    """A step without values, that notes what it leaves out."""
+
+    def __init__(self, tokens: Tensor, positions: Tensor, sources: frozenset[Left]) -> None:
+        # No starts: a layer that looked at them would have them compiled in.
+        super().__init__(tokens, [1] * len(tokens), [], positions, sources=sources)
+        self.parts: list[Part] = []
+
+    def apart(
+        self, part: Part, *tensors: Tensor | None, wanted: Step | None = None, shape: Sequence[int] | None = None
+    ) -> Tensor:
+        assert wanted is None
+        assert tensors[0] is not None
+        self.parts.append(part)
+        result: Tensor = torch.ops.kvell.apart(list(tensors), len(self.parts) - 1, shape or tensors[0].shape)
+        return result
+
+
+class _OneToken(nn.Module):
+    """What is traced."""
+
+    def __init__(self, model: "Decoder", keep_parts: Callable[[list[Part]], None]) -> None:
+        super().__init__()
+        # Tracing forgets what it changes of a module: the parts are kept elsewhere.
+        self.model, self.keep_parts = model, keep_parts
+
+    def forward(self, tokens: Tensor, positions: Tensor) -> Tensor:
+        step = _TracedStep(tokens, positions, self.model.config.reads())
+        logits = self.model.logits_of(step)
+        self.keep_parts(step.parts)
+        return logits
+
+
+class CompiledStep:
+    """A model's step of one token for each of `batch_size` sequences."""
+
+    def __init__(self, model: "Decoder", batch_size: int, folder: Path) -> None:
+        """InputError where nothing can be compiled."""
+        if model.device.type != "cpu":
+            raise InputError(f"decoding is compiled for the CPU alone, and the model is on {model.device}")
+        check_compiler(model.device)
+        traced = _OneToken(model, self._keep)
+        ones = torch.zeros(batch_size, dtype=torch.long)
+        with torch.no_grad():
+            program = torch.export.export(traced, (ones, ones.clone()), strict=False)
+        file = folder / f"{_digest(program)}.pt2"
+        if not file.exists():
+            _compile(program, file)
+        code: Any = torch._inductor.aoti_load_package(str(file), run_single_threaded=True)
+        given = dict(program.constants) | dict(traced.named_parameters()) | dict(traced.named_buffers())
+        # Held here: the machine code knows them by their addresses.
+        self.weights = {name: given[name].detach() for name in code.get_constant_fqns()}
+        code.load_constants(self.weights, check_full_update=True, user_managed=True)
+        self.run = code.loader.run
+
+    def _keep(self, parts: list[Part]) -> None:
+        self.parts = parts
+
+    def __call__(self, step: Step) -> Tensor:
+        """Logits (B, V)."""
+        with _around(step, self.parts):
+            logits: Tensor = self.run([step.tokens, step.positions])[0]
+        return logits
+
+
+@contextmanager
+def _around(step: Step, parts: list[Part]) -> Iterator[None]:
+    _running.step, _running.parts = step, parts
+    try:
+        yield
+    finally:
+        del _running.step, _running.parts
+
+
+def kept_at(folder: str | Path | None) -> Path:
+    """Where compiled code is kept: the folder named, or the user's for such things."""
+    if folder is not None:
+        return Path(folder)
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "kvell"
+
+
+def _digest(program: torch.export.ExportedProgram) -> str:
+    """Of everything that the machine code depends on."""
+    said = [str(program), torch.__version__, platform.machine(), torch.backends.cpu.get_cpu_capability()]
+    said.append(str(torch.get_num_threads()))
+    # Small constants become part of the code.
+    said += [f"{name} {value.tolist()}" for name, value in program.constants.items() if isinstance(value, Tensor)]
+    return hashlib.sha256("\n".join(said).encode()).hexdigest()[:32]
+
+
+def _compile(program: torch.export.ExportedProgram, file: Path) -> None:
+    """Aside first, so that whoever finds the file finds all of it."""
+    file.parent.mkdir(parents=True, exist_ok=True)
+    settings = {"aot_inductor.package_constants_in_so": False, "aot_inductor.compile_wrapper_opt_level": "O1"}
+    with tempfile.TemporaryDirectory(dir=file.parent) as aside:
+        made = torch._inductor.aoti_compile_and_package(
+            program, package_path=str(Path(aside) / file.name), inductor_configs=settings
+        )
+        os.replace(made, file)
