@@ -21,8 +21,8 @@ import os
 import platform
 import tempfile
 import threading
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+import warnings
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -46,8 +46,12 @@ _running = threading.local()
 
 def _call_back(tensors: Sequence[Tensor | None], part: int, shape: Sequence[int]) -> Tensor:
     step: Step = _running.step
-    made: Tensor = _running.parts[part](step, step, *tensors)
-    return made.contiguous()
+    try:
+        made: Tensor = _running.parts[part](step, step, *tensors)
+        return made.contiguous()
+    except BaseException as error:
+        _running.error = error
+        raise
 
 
 def _shaped(tensors: Sequence[Tensor | None], part: int, shape: Sequence[int]) -> Tensor:
@@ -97,9 +101,7 @@ class CompiledStep:
 
     def __init__(self, model: "Decoder", batch_size: int, folder: Path) -> None:
         """InputError where nothing can be compiled."""
-        if model.device.type != "cpu":
-            raise InputError(f"decoding is compiled for the CPU alone, and the model is on {model.device}")
-        check_compiler(model.device)
+        check_can_compile(model.device)
         traced = _OneToken(model, self._keep)
         ones = torch.zeros(batch_size, dtype=torch.long)
         with torch.no_grad():
@@ -119,18 +121,24 @@ class CompiledStep:
 
     def __call__(self, step: Step) -> Tensor:
         """Logits (B, V)."""
-        with _around(step, self.parts):
+        _running.step, _running.parts, _running.error = step, self.parts, None
+        try:
             logits: Tensor = self.run([step.tokens, step.positions])[0]
-        return logits
+            return logits
+        except RuntimeError:
+            # On its way through the machine code an error in a part has lost what it is.
+            if _running.error is not None:
+                raise _running.error from None
+            raise
+        finally:
+            del _running.step, _running.parts, _running.error
 
 
-@contextmanager
-def _around(step: Step, parts: list[Part]) -> Iterator[None]:
-    _running.step, _running.parts = step, parts
-    try:
-        yield
-    finally:
-        del _running.step, _running.parts
+def check_can_compile(device: torch.device) -> None:
+    """InputError where decoding cannot be compiled."""
+    if device.type != "cpu":
+        raise InputError(f"decoding is compiled for the CPU alone, not for {device}")
+    check_compiler(device)
 
 
 def kept_at(folder: str | Path | None) -> Path:
@@ -151,9 +159,13 @@ def _digest(program: torch.export.ExportedProgram) -> str:
 
 def _compile(program: torch.export.ExportedProgram, file: Path) -> None:
     """Aside first, so that whoever finds the file finds all of it."""
-    file.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        file.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise InputError(f"compiled code cannot be kept in {file.parent}: {error.strerror}") from None
     settings = {"aot_inductor.package_constants_in_so": False, "aot_inductor.compile_wrapper_opt_level": "O1"}
-    with tempfile.TemporaryDirectory(dir=file.parent) as aside:
+    with tempfile.TemporaryDirectory(dir=file.parent) as aside, warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)  # torch's, of its own code
         made = torch._inductor.aoti_compile_and_package(
             program, package_path=str(Path(aside) / file.name), inductor_configs=settings
         )

@@ -277,7 +277,12 @@ class Decoder(nn.Module):
     def _compiled_for(self, step: Step) -> "CompiledStep | None":
         """Compiled code for a step of one token per sequence with a cache, if there is any and it is to be used."""
         compiled = self._compiled.get(len(step.counts))
-        if compiled is None or step.cache is None or step.observed is not None or len(step.tokens) != len(step.counts):
+        if (
+            compiled is None
+            or step.cache is None
+            or step.observed is not None
+            or len(step.tokens) != len(step.counts)
+        ):
             return None
         return compiled if chosen() == "fast" else None
 

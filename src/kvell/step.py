@@ -82,7 +82,7 @@ class Step:
 
         Without a cache the present passes through.
         """
-        return self.append_each(layer, name, rows.split(self.counts))
+        return self.append_each(layer, name, self.by_sequence(rows))
 
     def append_each(
         self, layer: int, name: str, pieces: Sequence[Shaped[Tensor, "_ width"]]
@@ -108,6 +108,10 @@ class Step:
         which the result has the `shape` stated, the first tensor's without one, and the first tensor's dtype.
         """
         return part(self, wanted or self, *tensors)
+
+    def by_sequence(self, rows: Shaped[Tensor, "T *rest"]) -> Sequence[Shaped[Tensor, "_ *rest"]]:
+        """Each sequence's rows."""
+        return [rows] if len(self.counts) == 1 else rows.split(self.counts)
 
     def leave(self, layer: int, name: str, made: Any) -> None:
         """Leaves what a layer made, if a later layer reads it."""

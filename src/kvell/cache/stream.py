@@ -94,6 +94,8 @@ class Stream:
         Afterwards the last `keep` rows are held. What is returned is valid until the next change.
         """
         visible = self.count + len(rows)
+        if keep == visible == self.count:
+            return self.held
         if self.buffer.is_inference() and not torch.is_inference_mode_enabled():
             self._move(self.held, len(self.buffer))  # torch forbids to write on where inference_mode has ended
         if self.start + visible > len(self.buffer):

@@ -52,12 +52,14 @@ def bench(
     dtype: Annotated[str | None, typer.Option(help="bfloat16, float32 or float16; as stored without it.")] = None,
     device: Annotated[str, typer.Option(help="The device to run on.")] = "cpu",
     threads: Annotated[int | None, typer.Option(help="CPU threads to compute with.")] = None,
+    compiled: Annotated[bool, typer.Option("--compile", help="Compile the decoding step first.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")] = False,
 ) -> None:
     """Measure a model's prefill and decoding on this machine, its cache and its memory. The prompts are random."""
     import kvell
     from kvell.bundled import bundled_model_path
     from kvell.checkpoint.loading import HUB_FILES, available_device, known_dtype
+    from kvell.decoding import check_can_compile
     from kvell.families import locate
 
     contexts = sorted({parse_context(text) for text in context} if context else CONTEXTS)
@@ -65,6 +67,8 @@ def bench(
         whole_number(name, number)
     torch_device, torch_dtype = available_device(device), known_dtype(dtype)
     set_threads(threads)
+    if compiled:
+        check_can_compile(torch_device)
     directory = locate(model or bundled_model_path(), HUB_FILES)
     start = perf_counter()
     decoder = kvell.from_pretrained(directory, dtype=torch_dtype, device=torch_device)
@@ -75,13 +79,18 @@ def bench(
         "device": str(decoder.device),
         "load_seconds": perf_counter() - start,
     }
+    if compiled:
+        start = perf_counter()
+        decoder.compile_decoding()
+        report["compile_seconds"] = perf_counter() - start
     with console.progress("tokens", repeats * sum(contexts)) as on_tokens:
         measurements = measure(decoder, contexts, new_tokens, repeats, on_tokens)
     if as_json:
         print(json.dumps(report | {"contexts": [asdict(measurement) for measurement in measurements]}, indent=2))
         return
     output = console.stdout()
-    output.print(f"{report['model']}, {report['parameters']:,} parameters, {report['dtype']}, {report['device']}")
+    said = f"{report['model']}, {report['parameters']:,} parameters, {report['dtype']}, {report['device']}"
+    output.print(said + (f", decoding compiled in {report['compile_seconds']:.1f} s" if compiled else ""))
     output.print(_table(measurements))
 
 
@@ -106,7 +115,9 @@ def measure(
     done = 0
     found = []
     with torch.inference_mode():
-        decoder(ids[:, : min(WARM_UP, ids.shape[1])], cache=decoder.make_cache(), last_only=True)
+        cache = decoder.make_cache()
+        for piece in ids[:, : WARM_UP + 1].split(WARM_UP, dim=1):
+            decoder(piece, cache=cache, last_only=True)
         for context in contexts:
             firsts, steps = [], []
             for _ in range(repeats):

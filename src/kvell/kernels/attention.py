@@ -41,8 +41,10 @@ def attention(
         if takes(query, keys, counts):
             return ragged_decode(query, keys, values, scale=scale, window=window)
     run = attention_reference if reference_wanted() else attention_blocked
+    if len(counts) == 1:
+        return run(query, keys[0], values[0], scale=scale, window=window)
     fresh = all(len(key) == count for key, count in zip(keys, counts, strict=True))
-    if len(counts) > 1 and fresh and len(set(counts)) == 1 and not reference_wanted():
+    if fresh and len(set(counts)) == 1 and not reference_wanted():
         # Sequences of one length with nothing before them (training): one call for all of them.
         batched = query.unflatten(0, (len(counts), counts[0]))
         return _several(batched, torch.stack(list(keys)), torch.stack(list(values)), scale, window).flatten(0, 1)
@@ -50,7 +52,7 @@ def attention(
         run(q, key, value, scale=scale, window=window)
         for q, key, value in zip(query.split(list(counts)), keys, values, strict=True)
     ]
-    return outputs[0] if len(outputs) == 1 else torch.cat(outputs)
+    return torch.cat(outputs)
 
 
 def attention_reference(

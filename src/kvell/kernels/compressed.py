@@ -89,10 +89,13 @@ def compressed_attention_of_one(
 ) -> Float[Tensor, "1 H D"]:
     """A single query sees all of what is cut out for it: nothing to mask."""
     q, near, seen = query[0] * scale, rows[-window:], int(visible)
+    scores = [sink.float()[:, None], (q @ near.T).float()]
+    if not seen:
+        weights = torch.cat(scores, dim=1).softmax(-1).to(q.dtype)
+        return (weights[:, 1:] @ near)[None]
     # Picks ascend, and those of none stand behind them.
     far = entries[:seen] if picks is None else entries[picks[0, : min(seen, picks.shape[1])]]
-    scores = torch.cat([sink.float()[:, None], (q @ near.T).float(), (q @ far.T).float()], dim=1)
-    weights = scores.softmax(-1).to(q.dtype)
+    weights = torch.cat([*scores, (q @ far.T).float()], dim=1).softmax(-1).to(q.dtype)
     return torch.addmm(weights[:, 1 : 1 + len(near)] @ near, weights[:, 1 + len(near) :], far)[None]
 
 
@@ -203,7 +206,8 @@ def pick(
         from kvell.kernels.triton.index import pick as in_triton
 
         return in_triton(query, weights, keys, visible, top_k)
-    run = pick_reference if reference_wanted() else pick_blocked
+    fast = pick_for_one if len(query) == 1 else pick_blocked
+    run = pick_reference if reference_wanted() else fast
     return run(query, weights, keys, visible, top_k)
 
 
@@ -221,6 +225,19 @@ def pick_reference(
         best = scores.sort(descending=True, stable=True).indices[:top_k].sort().values
         picks[i, : len(best)] = best
     return picks
+
+
+def pick_for_one(
+    query: Float[Tensor, "1 H D"],
+    weights: Float[Tensor, "1 H"],
+    keys: Float[Tensor, "E D"],
+    visible: Int[Tensor, " 1"],
+    top_k: int,
+) -> Int[Tensor, "1 P"]:
+    """A single query: nothing to mask."""
+    seen = int(visible)
+    best = top_k_ascending(index_scores(query, weights, keys[:seen]), min(top_k, seen))
+    return F.pad(best, (0, min(top_k, len(keys)) - best.shape[1]), value=-1)
 
 
 def pick_blocked(

@@ -36,6 +36,7 @@ ratio - 1 of them, or 2 * ratio - 1 with overlap. What people get wrong: the pos
 settings for the window's keys than for the entries in layers that have both, and YaRN's attention factor (1 here).
 """
 
+from collections.abc import Sequence
 from dataclasses import replace
 from functools import partial
 from typing import TYPE_CHECKING, Annotated, ClassVar, Literal, NamedTuple, Self
@@ -321,7 +322,7 @@ class CompressedAttention(KeepsFp32):
         """Over the window's rows and the entries, of the past and of this step, that are the layer's own or its
         source's; `raw` and `index_raw` are what new entries are made of."""
         seen = self._seen(rows, raw, step, wanted)
-        queries, visible = query.split(wanted.counts), self._visible(wanted)
+        queries, visible = wanted.by_sequence(query), self._visible(wanted)
         scale, window = self.config.head_dim**-0.5, self.config.sliding_window
         if self.indexer is not None and index_raw is not None:
             assert index_query is not None
@@ -349,7 +350,8 @@ class CompressedAttention(KeepsFp32):
     ) -> Rows:
         """The rows and entries of the past and of this step, the layer's own or its source's, and the source's picks
         where they are taken."""
-        if rows is not None:
+        if self.config.kv_source is None:
+            assert rows is not None
             window = step.append(self.index, "window", rows)
             if self.compressor is None or raw is None:
                 entries = [row[:0] for row in window]
@@ -375,12 +377,12 @@ class CompressedAttention(KeepsFp32):
     def _turn(self, step: "Step") -> RotaryTable:
         return step.rotary(self.config.rotary, self.config.rotary_width, torch.float32)
 
-    def _visible(self, step: "Step") -> tuple[Int[Tensor, " _"], ...]:
+    def _visible(self, step: "Step") -> Sequence[Int[Tensor, " _"]]:
         """How many entries each query sees, per sequence."""
         compressor = self.config.compressor
         if compressor is None:
-            return torch.zeros_like(step.positions).split(step.counts)
-        return ((step.positions + 1) // compressor.ratio).split(step.counts)
+            return step.by_sequence(torch.zeros_like(step.positions))
+        return step.by_sequence((step.positions + 1) // compressor.ratio)
 
     def _project(self, y: Float[Tensor, "T H D"]) -> Float[Tensor, "T C"]:
         """The groups' own low-rank projections, then one over all of them."""

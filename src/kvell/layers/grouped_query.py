@@ -174,10 +174,12 @@ class GroupedQueryAttention(nn.Module):
         value: Float[Tensor, "T K D"] | None,
     ) -> Float[Tensor, "W H D"]:
         """Over this step's keys and values, joined to those its sequences remember, or over another layer's."""
-        if key is not None and value is not None:
-            seen = KeyValues.appended(self.index, key, value, step)
-        else:
+        if self.config.kv_source is not None:
             seen = step.made[self.config.kv_source, KEY_VALUES]
+        else:
+            assert key is not None
+            assert value is not None
+            seen = KeyValues.appended(self.index, key, value, step)
         window = self.config.sliding_window
         return attention(query, seen.keys, seen.values, wanted.counts, scale=self.scale, window=window)
 

@@ -125,5 +125,5 @@ class EntryIndexer(nn.Module):
         visible: Sequence[Int[Tensor, " _"]],
         step: "Step",
     ) -> zip:  # type: ignore[type-arg]
-        query, weights = (part.split(step.counts) for part in questions)
+        query, weights = (step.by_sequence(part) for part in questions)
         return zip(query, weights, entries, visible, strict=True)
