@@ -121,9 +121,11 @@ class CompiledStep:
 
     def __call__(self, step: Step) -> Tensor:
         """Logits (B, V)."""
+        # What is compiled looks at no dtype and no stride.
+        tokens = step.tokens.long().contiguous()
         _running.step, _running.parts, _running.error = step, self.parts, None
         try:
-            logits: Tensor = self.run([step.tokens, step.positions])[0]
+            logits: Tensor = self.run([tokens, step.positions])[0]
             return logits
         except RuntimeError:
             # On its way through the machine code an error in a part has lost what it is.

@@ -400,7 +400,7 @@ class Decoder(nn.Module):
         """CacheError for a cache that was made for other streams, another dtype or device, or that is full."""
         if cache is None:
             return
-        if cache.specs != streams:
+        if cache.specs is not streams and cache.specs != streams:
             raise CacheError("the cache was made for another model: its streams are not this model's")
         if (cache.dtype, cache.device) != (self.dtype, self.device):
             mine, its = f"{self.dtype} on {self.device}", f"{cache.dtype} on {cache.device}"

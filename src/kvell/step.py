@@ -72,10 +72,12 @@ class Step:
     ) -> "Step":
         """A step that continues each sequence where its cache stands, or at 0 without one."""
         starts = [0] * len(counts) if cache is None else cache.lengths
-        positions = [
-            torch.arange(start, start + n, device=tokens.device) for start, n in zip(starts, counts, strict=True)
-        ]
-        return cls(tokens, counts, starts, torch.cat(positions), cache, sources, observed)
+        if len(counts) == len(tokens):
+            positions = torch.tensor(starts, device=tokens.device)
+        else:
+            own = zip(starts, counts, strict=True)
+            positions = torch.cat([torch.arange(start, start + n, device=tokens.device) for start, n in own])
+        return cls(tokens, counts, starts, positions, cache, sources, observed)
 
     def append(self, layer: int, name: str, rows: Shaped[Tensor, "T width"]) -> list[Shaped[Tensor, "_ width"]]:
         """Gives each sequence its new rows of a layer's stream, one per token, and returns all the rows each may see.

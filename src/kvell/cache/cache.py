@@ -70,7 +70,7 @@ class Cache:
         fingerprint: str | None = None,
     ) -> None:
         batch_size = whole_number("batch_size", batch_size, error=CacheError)
-        self.specs = dict(specs)
+        self.specs = specs
         self.max_rewind = whole_number("max_rewind", max_rewind, 0, error=CacheError)
         if max_length is not None:
             max_length = whole_number("max_length", max_length, most=2**63 - 1, error=CacheError)

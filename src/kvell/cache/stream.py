@@ -93,16 +93,17 @@ class Stream:
 
         Afterwards the last `keep` rows are held. What is returned is valid until the next change.
         """
-        visible = self.count + len(rows)
+        # This runs for every stream and token, and a tensor's len() is slow.
+        visible, room = self.count + rows.shape[0], self.buffer.shape[0]
         if keep == visible == self.count:
             return self.held
         if self.buffer.is_inference() and not torch.is_inference_mode_enabled():
-            self._move(self.held, len(self.buffer))  # torch forbids to write on where inference_mode has ended
-        if self.start + visible > len(self.buffer):
-            capacity = with_reserve(keep) if self.reserved is None else len(self.buffer)
+            self._move(self.held, room)  # torch forbids to write on where inference_mode has ended
+        if self.start + visible > room:
+            capacity = with_reserve(keep) if self.reserved is None else room
             if visible > capacity:
                 joined = torch.cat([self.held, rows])
-                if capacity == len(self.buffer):  # a new buffer beside `joined` would leave the heap in holes
+                if capacity == room:  # a new buffer beside `joined` would leave the heap in holes
                     self.buffer[:keep] = joined[visible - keep :]
                     self.start, self.count = 0, keep
                 else:

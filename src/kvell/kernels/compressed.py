@@ -50,7 +50,7 @@ def compressed_attention(
     if reference_wanted():
         run = compressed_attention_reference
     else:
-        run = compressed_attention_of_one if len(query) == 1 else compressed_attention_blocked
+        run = compressed_attention_of_one if query.shape[0] == 1 else compressed_attention_blocked
     return run(query, rows, entries, visible, picks, sink, scale=scale, window=window)
 
 
@@ -89,6 +89,7 @@ def compressed_attention_of_one(
 ) -> Float[Tensor, "1 H D"]:
     """A single query sees all of what is cut out for it: nothing to mask."""
     q, near, seen = query[0] * scale, rows[-window:], int(visible)
+    stop = 1 + near.shape[0]
     scores = [sink.float()[:, None], (q @ near.T).float()]
     if not seen:
         weights = torch.cat(scores, dim=1).softmax(-1).to(q.dtype)
@@ -96,7 +97,7 @@ def compressed_attention_of_one(
     # Picks ascend, and those of none stand behind them.
     far = entries[:seen] if picks is None else entries[picks[0, : min(seen, picks.shape[1])]]
     weights = torch.cat([*scores, (q @ far.T).float()], dim=1).softmax(-1).to(q.dtype)
-    return torch.addmm(weights[:, 1 : 1 + len(near)] @ near, weights[:, 1 + len(near) :], far)[None]
+    return torch.addmm(weights[:, 1:stop] @ near, weights[:, stop:], far)[None]
 
 
 def compressed_attention_blocked(
@@ -206,7 +207,7 @@ def pick(
         from kvell.kernels.triton.index import pick as in_triton
 
         return in_triton(query, weights, keys, visible, top_k)
-    fast = pick_for_one if len(query) == 1 else pick_blocked
+    fast = pick_for_one if query.shape[0] == 1 else pick_blocked
     run = pick_reference if reference_wanted() else fast
     return run(query, weights, keys, visible, top_k)
 

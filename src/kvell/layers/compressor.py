@@ -108,7 +108,8 @@ class EntryCompressor(KeepsFp32):
         if first == last:
             return rows[:0, : self.width]
         behind = 1 if self.config.overlap and first > 0 else 0  # windows before the first whose tokens it needs
-        rows = rows[len(rows) - (stop - (first - behind) * ratio) : len(rows) - (stop - last * ratio)]
+        beyond = rows.shape[0] - stop  # where a token's row stands, less its position
+        rows = rows[beyond + (first - behind) * ratio : beyond + last * ratio]
         assert self.norm.weight is not None
         positions = torch.arange(first, last, device=rows.device) * ratio
         cos, sin = rotary_table(self.rotary, self.rotary_width, positions, torch.float32)
