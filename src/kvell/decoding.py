@@ -22,7 +22,7 @@ import platform
 import tempfile
 import threading
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -103,18 +103,11 @@ class CompiledStep:
         """InputError where nothing can be compiled."""
         check_can_compile(model.device)
         traced = _OneToken(model, self._keep)
-        ones = torch.zeros(batch_size, dtype=torch.long)
+        tokens, positions = torch.zeros(2, batch_size, dtype=torch.long)
         with torch.no_grad():
-            program = torch.export.export(traced, (ones, ones.clone()), strict=False)
-        file = folder / f"{_digest(program)}.pt2"
-        if not file.exists():
-            _compile(program, file)
-        code: Any = torch._inductor.aoti_load_package(str(file), run_single_threaded=True)
-        given = dict(program.constants) | dict(traced.named_parameters()) | dict(traced.named_buffers())
-        # Held here: the machine code knows them by their addresses.
-        self.weights = {name: given[name].detach() for name in code.get_constant_fqns()}
-        code.load_constants(self.weights, check_full_update=True, user_managed=True)
-        self.run = code.loader.run
+            program = torch.export.export(traced, (tokens, positions), strict=False)
+        weights = dict(program.constants) | dict(traced.named_parameters()) | dict(traced.named_buffers())
+        self.run, self.weights = machine_code(program, weights, folder)
 
     def _keep(self, parts: list[Part]) -> None:
         self.parts = parts
@@ -134,6 +127,20 @@ class CompiledStep:
             raise
         finally:
             del _running.step, _running.parts, _running.error
+
+
+def machine_code(
+    program: torch.export.ExportedProgram, weights: Mapping[str, Any], folder: Path
+) -> tuple[Callable[[list[Tensor]], list[Tensor]], dict[str, Tensor]]:
+    """The traced step as a function of its inputs, found in the folder or compiled there, and those of the weights
+    that it uses, which it knows by their addresses: they must be held for as long as it is."""
+    file = folder / f"{_digest(program)}.pt2"
+    if not file.exists():
+        _compile(program, file)
+    code: Any = torch._inductor.aoti_load_package(str(file), run_single_threaded=True)
+    used = {name: weights[name].detach() for name in code.get_constant_fqns()}
+    code.load_constants(used, check_full_update=True, user_managed=True)
+    return code.loader.run, used
 
 
 def check_can_compile(device: torch.device) -> None:
@@ -165,7 +172,12 @@ def _compile(program: torch.export.ExportedProgram, file: Path) -> None:
         file.parent.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise InputError(f"compiled code cannot be kept in {file.parent}: {error.strerror}") from None
-    settings = {"aot_inductor.package_constants_in_so": False, "aot_inductor.compile_wrapper_opt_level": "O1"}
+    settings = {
+        "aot_inductor.package_constants_in_so": False,
+        "aot_inductor.compile_wrapper_opt_level": "O1",
+        # Else short weights would be written into the code.
+        "always_keep_tensor_constants": True,
+    }
     with tempfile.TemporaryDirectory(dir=file.parent) as aside, warnings.catch_warnings():
         warnings.simplefilter("ignore", FutureWarning)  # torch's, of its own code
         made = torch._inductor.aoti_compile_and_package(

@@ -12,7 +12,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from kvell.kernels.choice import reference_wanted
-from kvell.kernels.linear import linear
+from kvell.kernels.linear import kept, linear
 
 
 def experts(
@@ -78,9 +78,10 @@ def experts_indexed(
     """Nothing but the weights read depends on the choice. To be compiled: run as it stands it would copy them."""
     there = chosen < len(gate_up)
     expert = torch.where(there, chosen, 0)
-    gate, up = (gate_up[expert] * x[:, None, None]).sum(-1).chunk(2, dim=-1)
-    outputs = (down[expert] * unit(gate, up)[:, :, None]).sum(-1)
-    return (outputs * torch.where(there, weights, 0)[:, :, None]).sum(1)
+    gate, up = (gate_up[expert].float() * kept(x)[:, None, None].float()).sum(-1).chunk(2, dim=-1)
+    inner = kept(unit(gate.to(x.dtype), up.to(x.dtype)))
+    outputs = (down[expert].float() * inner[:, :, None].float()).sum(-1)
+    return (outputs * torch.where(there, weights, 0)[:, :, None]).sum(1).to(x.dtype)
 
 
 def experts_grouped(

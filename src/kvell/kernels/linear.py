@@ -47,9 +47,28 @@ def multiplies_bf16() -> bool:
 def _of_one_row(
     x: Float[Tensor, "*ones in"], weight: Float[Tensor, "out in"], bias: Float[Tensor, " out"] | None
 ) -> Float[Tensor, "*ones out"]:
-    row = x.reshape(-1)
-    y = torch.mv(weight, row) if bias is None else torch.addmv(bias, weight, row)
+    times = torch.ops.kvell.times_row if torch.compiler.is_compiling() else _times_row
+    y: Tensor = times(weight, x.reshape(-1), bias)
     return y.view(*x.shape[:-1], -1)
+
+
+def _times_row(
+    weight: Float[Tensor, "out in"], row: Float[Tensor, " in"], bias: Float[Tensor, " out"] | None
+) -> Float[Tensor, " out"]:
+    return torch.mv(weight, row) if bias is None else torch.addmv(bias, weight, row)
+
+
+# torch's compiler would take the product apart, into a loop that is slower.
+_library = torch.library.Library("kvell", "FRAGMENT")
+_library.define("times_row(Tensor weight, Tensor row, Tensor? bias) -> Tensor")
+_library.impl("times_row", _times_row, "CPU")
+torch.library.register_fake("kvell::times_row", lambda weight, row, bias: row.new_empty(len(weight)), lib=_library)
+
+
+def kept(x: Float[Tensor, "*shape"]) -> Float[Tensor, "*shape"]:
+    """The same to torch's compiler, but computed once: it would make elementwise work again for each use of it. What
+    is read by strides must lie in memory."""
+    return x.as_strided(x.shape, x.stride())
 
 
 def _widened(

@@ -1,0 +1,245 @@
+"""Compiled decoding: its logits are those of the model as it is, whatever the cache has been through.
+
+For drawn configs the traced step runs as it was traced: compiling one takes seconds. A few are compiled.
+"""
+
+import copy
+import os
+import subprocess
+import sys
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import HealthCheck, Phase, given, settings
+from hypothesis import strategies as st
+from strategies import VOCAB, configs, random_model
+from test_triton_kernels import model_like
+from torch import Tensor
+
+from kvell import Cache, Decoder, ModelConfig, decoding, kernels
+from kvell.cli import main
+from kvell.config import LayerConfig
+from kvell.errors import InputError
+from kvell.layers.experts import MixtureOfExperts
+from kvell.layers.grouped_query import GroupedQuery
+from kvell.layers.per_layer_embedding import PerLayerEmbedding
+from kvell.layers.rotary import DefaultRotary
+from kvell.layers.routers import MLPRouter, SigmoidRouter
+
+MIXED = ModelConfig(
+    vocab_size=VOCAB,
+    hidden_size=16,
+    max_positions=64,
+    per_layer_embedding=PerLayerEmbedding(width=4),
+    layers=tuple(
+        LayerConfig(
+            attention=GroupedQuery(num_heads=4, num_kv_heads=2, head_dim=8, rotary=DefaultRotary(theta=100.0)),
+            feed_forward=MixtureOfExperts(num_experts=3, top_k=2, intermediate_size=8, router=router),
+        )
+        for router in (SigmoidRouter(), MLPRouter(hidden_size=6, skip_expert="identity"))
+    ),
+)
+
+
+def draw_tokens(*shape: int) -> Tensor:
+    return torch.randint(0, VOCAB, shape)
+
+
+def assert_same(actual: Tensor, expected: Tensor) -> None:
+    torch.testing.assert_close(actual, expected, atol=1e-4, rtol=1e-4)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Where all these tests keep what they compile."""
+    return tmp_path_factory.mktemp("compiled")
+
+
+@pytest.fixture
+def runs(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """The number of sequences of each step that ran compiled."""
+    batches: list[int] = []
+    run = decoding.CompiledStep.__call__
+
+    def noted(self: decoding.CompiledStep, step: Any) -> Tensor:
+        batches.append(len(step.counts))
+        return run(self, step)
+
+    monkeypatch.setattr(decoding.CompiledStep, "__call__", noted)
+    return batches
+
+
+@pytest.fixture
+def _as_traced(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    def traced(
+        program: torch.export.ExportedProgram, weights: Mapping[str, Any], folder: Path
+    ) -> tuple[Callable[[list[Tensor]], list[Tensor]], dict[str, Tensor]]:
+        module = program.module()
+        return lambda inputs: [module(*inputs)], {}
+
+    monkeypatch.setattr(decoding, "machine_code", traced)
+    return
+
+
+def check_all_ways(model: Decoder, compiled: Decoder) -> None:
+    """After a prompt, after taking tokens back, and in a batch of two lengths."""
+    tokens = draw_tokens(2, 23)
+    with torch.no_grad():
+        caches = [compiled.make_cache(max_rewind=2), compiled.make_cache(max_rewind=2)]
+        for row, (cache, prompt) in enumerate(zip(caches, (9, 2), strict=True)):
+            expected = model(tokens[row : row + 1])
+            compiled(tokens[row : row + 1, :prompt], cache=cache)
+            for at in (*range(prompt, prompt + 6), None, *range(prompt + 4, prompt + 6)):
+                if at is None:
+                    cache.rewind(2)
+                else:
+                    logits = compiled(tokens[row : row + 1, at : at + 1], cache=cache)
+                    assert_same(logits, expected[:, at : at + 1])
+        batch = Cache.merge(caches)
+        for step in range(6):
+            both = torch.stack([tokens[0, 15 + step : 16 + step], tokens[1, 8 + step : 9 + step]])
+            logits = compiled(both, cache=batch)
+            for row, at in enumerate((15 + step, 8 + step)):
+                assert_same(logits[row, 0], model(tokens[row : row + 1, : at + 1])[0, -1])
+
+
+@pytest.mark.usefixtures("_as_traced")
+@settings(
+    max_examples=12,
+    deadline=None,
+    suppress_health_check=list(HealthCheck),
+    derandomize=True,
+    phases=[Phase.explicit, Phase.generate],
+)
+@given(config=configs(), seed=st.integers(0, 1000))
+def test_every_config_can_be_traced(config: ModelConfig, seed: int) -> None:
+    torch.manual_seed(seed)
+    model = random_model(config)
+    compiled = copy.deepcopy(model)
+    for sequences in (1, 2):
+        compiled.compile_decoding(sequences)
+    check_all_ways(model, compiled)
+
+
+@pytest.mark.parametrize(
+    ("kind", "batches"), [("deepseek_v4", [1, 2]), ("zaya", [1]), ("gemma4", [2]), ("mixed", [1])]
+)
+def test_compiled_code_gives_the_models_logits(kind: str, batches: list[int], folder: Path, runs: list[int]) -> None:
+    model = random_model(MIXED if kind == "mixed" else model_like(kind))
+    compiled = copy.deepcopy(model)
+    for sequences in batches:
+        compiled.compile_decoding(sequences, folder=folder)
+    check_all_ways(model, compiled)
+    assert runs == [1] * 16 * batches.count(1) + [2] * 6 * batches.count(2)
+
+
+def test_bf16_stays_near_the_models_own(folder: Path) -> None:
+    """Compiled code rounds less often: it is no further from fp32's logits."""
+    exact = random_model(MIXED)
+    model = copy.deepcopy(exact).bfloat16()
+    compiled = copy.deepcopy(model).compile_decoding(folder=folder)
+    tokens = draw_tokens(1, 12)
+    with torch.no_grad():
+        expected = exact(tokens)
+        errors = []
+        for decoder in (model, compiled):
+            cache = decoder.make_cache()
+            rows = [decoder(tokens[:, at : at + 1], cache=cache) for at in range(12)]
+            errors.append(float((torch.cat(rows, dim=1).float() - expected).abs().mean()))
+    assert errors[1] < 1.5 * errors[0]
+
+
+def test_only_a_step_of_one_token_each_is_compiled(folder: Path, runs: list[int]) -> None:
+    model = random_model(MIXED)
+    model.compile_decoding(folder=folder)
+    cache, tokens = model.make_cache(), draw_tokens(1, 5)
+    with torch.no_grad():
+        model(tokens, cache=cache)
+        model(tokens[:, :1])
+        model(tokens[:, :1], cache=cache, return_streams=True)
+        model(draw_tokens(2, 1), cache=model.make_cache(2))
+        with kernels.use("reference"):
+            model(tokens[:, :1], cache=cache)
+        assert runs == []
+        expected = model(torch.cat([tokens, tokens[:, :1], tokens[:, :1], tokens[:, :1].int()], dim=1))
+        assert_same(model(tokens[:, :1].int(), cache=cache)[:, -1], expected[:, -1])
+    assert runs == [1]
+
+
+def test_weights_changed_in_place_are_seen_and_moved_ones_end_it(folder: Path, runs: list[int]) -> None:
+    model = random_model(MIXED)
+    model.compile_decoding(folder=folder)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.mul_(1.1)
+        token = draw_tokens(1, 1)
+        assert_same(model(token, cache=model.make_cache()), model(token))
+        assert runs == [1]
+        for moved in (copy.deepcopy(model), copy.deepcopy(model).double(), model):
+            moved.load_state_dict(moved.state_dict(), assign=True)
+            moved(token, cache=moved.make_cache())
+    assert runs == [1]
+
+
+def test_compiled_code_serves_any_weights_of_its_shapes(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    random_model(MIXED).compile_decoding(folder=folder)
+    kept = sorted(folder.iterdir())
+
+    def compile_again(*_: Any) -> None:
+        raise AssertionError("nothing is kept")
+
+    monkeypatch.setattr(decoding, "_compile", compile_again)
+    torch.manual_seed(1)
+    other = random_model(MIXED).compile_decoding(folder=folder)
+    assert sorted(folder.iterdir()) == kept
+    token = draw_tokens(1, 1)
+    with torch.no_grad():
+        assert_same(other(token, cache=other.make_cache()), other(token))
+    unlike = MIXED.model_copy(update={"norm_eps": 1e-3})
+    with pytest.raises(AssertionError, match="nothing is kept"):
+        random_model(unlike).compile_decoding(folder=folder)
+
+
+def test_an_error_on_the_way_stays_what_it_is(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = random_model(MIXED)
+    model.compile_decoding(folder=folder)
+    cache = model.make_cache()
+    monkeypatch.setattr(Cache, "append", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+    with pytest.raises(KeyboardInterrupt), torch.no_grad():
+        model(draw_tokens(1, 1), cache=cache)
+
+
+def test_what_cannot_be_compiled_is_refused_in_words(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = random_model(MIXED)
+    with pytest.raises(InputError, match="batch_size must be at least 1, not 0"):
+        model.compile_decoding(0)
+    file = tmp_path / "file"
+    file.write_text("")
+    with pytest.raises(InputError, match=r"cannot be kept in .*file/below: Not a directory"):
+        model.compile_decoding(folder=file / "below")
+    with torch.device("meta"), pytest.raises(InputError, match="compiled for the CPU alone, not for meta"):
+        Decoder(MIXED).compile_decoding()
+    environment = os.environ | {"CXX": "no-such-compiler"}
+    command = [sys.executable, "-m", "kvell", "generate", "--prompt", "x", "--compile"]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 1
+    assert done.stderr.splitlines() == [
+        "error: compile: no C++ compiler works here: install g++, name another in the environment's CXX, "
+        "or do without compiling"
+    ]
+
+
+def test_generate_says_the_same_compiled(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    command = ["generate", "--prompt", "def add(a, b):", "--max-new-tokens", "12"]
+    said = []
+    for arguments in (command, [*command, "--compile"]):
+        assert main(arguments) == 0
+        said.append(capsys.readouterr().out)
+    assert said[0] == said[1] != ""
+    assert [file.suffix for file in (tmp_path / "kvell").iterdir()] == [".pt2"]
