@@ -147,7 +147,7 @@ def test_window_and_compressed_attention(
     deterministic: bool,
 ) -> None:
     """The first query sees nearly nothing, the last one everything."""
-    visible = torch.linspace(0, entries, queries).long().to(DEVICE) if queries > 1 else torch.tensor([entries])
+    visible = (torch.linspace(0, entries, queries).long() if queries > 1 else torch.tensor([entries])).to(DEVICE)
     picks = None if picked is None else drawn_picks(visible, picked)
     held = torch.randn(rows + 2, width + 3).to(DEVICE, dtype)[2:, :width]  # rows lie in a larger buffer
     torch.use_deterministic_algorithms(deterministic)
@@ -239,6 +239,18 @@ def test_convolved_heads(
         convolved_heads, laid, depthwise, biases[0], grouped * width**-0.5, biases[1], temperature, *turns, counts
     )
     assert_alike(ours, theirs, tolerance_of(dtype))
+
+
+@needs_triton
+def test_no_convolution_runs_for_the_gradients_of_convolved_heads(monkeypatch: pytest.MonkeyPatch) -> None:
+    """On a GPU torch's convolutions round fp32 to tf32."""
+    monkeypatch.setattr(torch.nn.functional, "conv1d", None)
+    laid = randn(7, 16).requires_grad_()
+    weights = randn(16, 1, 2), randn(16), randn(16, 8, 2), randn(16)
+    with kernels.use("triton"):
+        query, _ = convolved_heads(laid, *weights, None, None, None, [5])
+    query.sum().backward()
+    assert laid.grad is not None
 
 
 RAGGED = [
