@@ -79,13 +79,13 @@ def launch_all(dtype: torch.dtype) -> None:
     (hyper_write(h, x, post, mix).sum() + x.sum()).backward()
 
     width = 512 if dtype == torch.bfloat16 else 128
-    rows, entries, sink = zeros(300, width), zeros(600, width), zeros(64, of=wide)
-    for count in (200, 1):
+    rows, entries = zeros(300, width), zeros(600, width)
+    for count, heads in ((200, 64), (1, 64), (200, 16)):
         visible = torch.full((count,), 600)
         for picks in (torch.zeros(count, 512, dtype=torch.long), None):
-            query = zeros(count, 64, width)
+            query, sink = zeros(count, heads, width), zeros(heads, of=wide)
             compressed_attention(query, rows, entries, visible, picks, sink, scale=1.0, window=128).sum().backward()
-        pick(zeros(count, 64, 128), zeros(count, 64), zeros(600, 128), visible, 600)
+        pick(zeros(count, heads, 128), zeros(count, heads), zeros(600, 128), visible, 600)
     for ratio, channels in ((4, 2 * width), (128, width)):
         turned = zeros(5, 32, of=wide), zeros(5, 32, of=wide)
         raw = zeros(5 * ratio, 2 * channels)
