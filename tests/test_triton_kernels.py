@@ -111,6 +111,34 @@ def test_hyper_connections(
     assert_alike(*in_both(hyper_write, h, y, post, mix), tolerance_of(dtype))
 
 
+@needs_triton
+@pytest.mark.parametrize("dtype", [FLOAT, BFLOAT])
+def test_hyper_connections_read_many_tokens_in_larger_blocks(
+    dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from kvell.kernels.triton import hyper_connections as in_triton
+
+    monkeypatch.setattr(in_triton, "MANY", 60)
+    h, weight, base, scale = randn(70, 2, 300, dtype=dtype), randn(8, 600) * 600**-0.5, randn(8), randn(3)
+    ours, theirs = in_both(hyper_read, h, weight, base, scale, iterations=1, eps=1e-6, norm_eps=1e-6)
+    assert_alike(ours, theirs, tolerance_of(dtype))
+    assert_alike(ours[1:3], theirs[1:3], 1e-4)  # post and mix are fp32, whatever the streams are
+
+
+@needs_triton
+def test_streams_in_bf16_meet_every_bit_of_the_weights() -> None:
+    """Of streams that are zero but for one channel, the numbers are that channel's weights, times a root."""
+    streams, channels = 2, 20
+    h = torch.zeros(40, streams * channels, dtype=BFLOAT, device=DEVICE)
+    h[torch.arange(40), torch.arange(40)] = 1.0
+    weight, base, scale = randn(8, 40), torch.zeros(8, device=DEVICE), torch.ones(3, device=DEVICE)
+    with kernels.use("triton"):
+        _, _, mix = hyper_read(
+            h.view(40, streams, channels), weight, base, scale, iterations=None, eps=1e-6, norm_eps=0.0
+        )
+    torch.testing.assert_close(mix.flatten(1), weight[4:].T * 40**0.5, atol=0, rtol=5e-7)
+
+
 def drawn_picks(visible: Tensor, count: int) -> Tensor:
     """Some of every query's visible entries, ascending, then -1."""
     picks = torch.full((len(visible), count), -1)

@@ -77,6 +77,7 @@ def launch_all(dtype: torch.dtype) -> None:
     h, coefficients = zeros(48, 4, 4096), (zeros(24, 16384, of=wide), zeros(24, of=wide), zeros(3, of=wide))
     x, post, mix = hyper_read(h, *coefficients, iterations=20, eps=1e-6, norm_eps=1e-6)
     (hyper_write(h, x, post, mix).sum() + x.sum()).backward()
+    hyper_read(zeros(600, 4, 4096), *coefficients, iterations=20, eps=1e-6, norm_eps=1e-6)
 
     width = 512 if dtype == torch.bfloat16 else 128
     rows, entries = zeros(300, width), zeros(600, width)
