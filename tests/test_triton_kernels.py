@@ -27,6 +27,7 @@ from kvell.kernels.compressed import compressed_attention, pick
 from kvell.kernels.compressor import pooled_entries
 from kvell.kernels.convolution import convolved_heads
 from kvell.kernels.hyper_connections import hyper_read, hyper_write
+from kvell.kernels.rotation import rotate, rotate_last
 from kvell.layers.compressed import Compressed
 from kvell.layers.compressor import Compressor
 from kvell.layers.convolutional import Convolutional
@@ -281,6 +282,55 @@ def test_no_convolution_runs_for_the_gradients_of_convolved_heads(monkeypatch: p
     assert laid.grad is not None
 
 
+@needs_triton
+@pytest.mark.parametrize(
+    ("turn", "dtype", "of_angles"),
+    [
+        (rotate, FLOAT, FLOAT),
+        (rotate, BFLOAT, BFLOAT),
+        (rotate, BFLOAT, FLOAT),
+        (rotate_last, FLOAT, FLOAT),
+        (rotate_last, BFLOAT, FLOAT),  # torch has no complex numbers of bf16
+    ],
+)
+@pytest.mark.parametrize(
+    ("tokens", "heads", "width", "pairs"),
+    [(5, 3, 8, 4), (300, 1, 13, 3), (1, 70, 40, 17), (4, 2, 5, 1), (0, 2, 8, 2)],
+)
+def test_turned_heads(
+    turn: Callable[..., Tensor],
+    dtype: torch.dtype,
+    of_angles: torch.dtype,
+    tokens: int,
+    heads: int,
+    width: int,
+    pairs: int,
+) -> None:
+    cos, sin = randn(tokens, pairs, dtype=of_angles), randn(tokens, pairs, dtype=of_angles)
+    heads_of = randn(heads, tokens, width, dtype=dtype).transpose(0, 1)
+    assert_alike(*in_both(lambda x: turn(x, cos, sin), heads_of), tolerance_of(dtype))
+
+
+@needs_triton
+@pytest.mark.parametrize("turn", [rotate, rotate_last])
+def test_angles_that_are_learned_have_their_gradients(turn: Callable[..., Tensor]) -> None:
+    """Nothing in the library learns them; torch turns then."""
+    assert_alike(*in_both(turn, randn(3, 2, 8), randn(3, 3), randn(3, 3)), 1e-5)
+
+
+@needs_triton
+@pytest.mark.parametrize("turn", [rotate, rotate_last])
+def test_a_turn_has_gradients_of_gradients(turn: Callable[..., Tensor]) -> None:
+    cos, sin, x = randn(3, 3), randn(3, 3), randn(3, 2, 8).requires_grad_()
+    with kernels.use("triton"):
+        (once,) = torch.autograd.grad(turn(x, cos, sin).pow(3).sum(), x, create_graph=True)
+        (ours,) = torch.autograd.grad(once.sum(), x)
+    with kernels.use("reference"):
+        (once,) = torch.autograd.grad(turn(x, cos, sin).pow(3).sum(), x, create_graph=True)
+        (theirs,) = torch.autograd.grad(once.sum(), x)
+    torch.testing.assert_close(ours, theirs, atol=1e-5, rtol=1e-5)
+
+
 RAGGED = [
     ([1, 70, 300, 129], 4, 2, 24, None, FLOAT),
     ([5, 200], 3, 1, 8, 7, FLOAT),
@@ -359,9 +409,9 @@ def model_like(kind: str) -> ModelConfig:
 
 
 LAUNCHED = {
-    "deepseek_v4": {"_read", "_write", "_attend", "_scores", "_pool"},
+    "deepseek_v4": {"_read", "_write", "_attend", "_scores", "_pool", "_turn"},
     "zaya": {"_convolve", "_decode"},
-    "gemma4": {"_decode"},
+    "gemma4": {"_decode", "_turn"},
 }
 
 

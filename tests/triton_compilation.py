@@ -69,6 +69,7 @@ def launch_all(dtype: torch.dtype) -> None:
     from kvell.kernels.triton.decode import ragged_decode
     from kvell.kernels.triton.hyper_connections import hyper_read, hyper_write
     from kvell.kernels.triton.index import pick
+    from kvell.kernels.triton.rotation import rotate, rotate_last
 
     def zeros(*shape: int, of: torch.dtype = dtype) -> torch.Tensor:
         return torch.zeros(shape, dtype=of, requires_grad=True)
@@ -95,6 +96,11 @@ def launch_all(dtype: torch.dtype) -> None:
         turned = zeros(count, 32), zeros(count, 32)
         kernels = zeros(1280, 1, 2), zeros(1280), zeros(1280, 128, 2), zeros(1280)
         convolved_heads(zeros(count + 2, 1280), *kernels, zeros(2), *turned, [count])
+    for count in (100, 1):
+        angles, wide_angles = torch.zeros(count, 32, dtype=dtype), torch.zeros(count, 32)
+        rotate(zeros(count, 8, 128), angles, angles).sum().backward()
+        for heads in (64, 1):
+            rotate_last(zeros(count, heads, 512), wide_angles, wide_angles).sum().backward()
     for heads, kv_heads, head_dim in ((8, 1, width), (64, 8, 128), (6, 2, 40)):
         keys = [zeros(5000, kv_heads, head_dim).detach(), zeros(1, kv_heads, head_dim).detach()]
         ragged_decode(zeros(2, heads, head_dim).detach(), keys, keys, scale=1.0, window=None)
