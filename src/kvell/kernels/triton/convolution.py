@@ -17,7 +17,7 @@ import triton.language as tl
 from torch import Tensor
 
 from kvell.kernels.convolution import convolved_heads_by_products
-from kvell.kernels.triton.launch import Recomputed, blocks, on_device_of, power_of_two
+from kvell.kernels.triton.launch import Recomputed, blocks, on_device_of, power_of_two, sent
 from kvell.kernels.triton.products import product_added
 
 INTO = 32  # a head's channels that one product adds up over: larger blocks do not fit into registers
@@ -68,7 +68,7 @@ def _forward(
     if tokens:
         with on_device_of(laid):
             _convolve[blocks(tokens, block), heads](
-                *(laid, places.to(laid.device), depthwise, depthwise_bias, grouped, grouped_bias),
+                *(laid, sent(places, laid.device), depthwise, depthwise_bias, grouped, grouped_bias),
                 laid if temperature is None else temperature.contiguous(),
                 laid if cos is None else cos.contiguous(),
                 laid if sin is None else sin.contiguous(),
