@@ -160,9 +160,11 @@ def rotary_table(
 ) -> RotaryTable:
     """The table for tokens at these positions; angles in fp32 whatever `dtype` the table has."""
     # What is traced neither meets tensors from outside nor leaves its own behind.
-    traced = type(positions) is not Tensor or torch.compiler.is_compiling()
-    known = _inverse_frequencies.__wrapped__ if traced else _inverse_frequencies
-    angles = positions[:, None].float() * known(rotary, head_dim, positions.device)
+    if torch.compiler.is_compiling() or type(positions) is not Tensor:
+        frequencies = rotary.inverse_frequencies(head_dim).to(positions.device)
+    else:
+        frequencies = _inverse_frequencies(rotary, head_dim, positions.device)
+    angles = positions[:, None].float() * frequencies
     cos, sin, scale = angles.cos(), angles.sin(), rotary.scale()
     if scale != 1:
         cos, sin = cos * scale, sin * scale
