@@ -13,7 +13,7 @@ import torch
 from oracle import FULL, GEMMA4, SLIDING
 
 import kvell
-from benchmarks import growth, llama_cpp, machine, random_checkpoint, real_size, small_models, startup
+from benchmarks import gpu, growth, llama_cpp, machine, random_checkpoint, real_size, small_models, startup
 from benchmarks.checkpoints import SMALL, write_small
 from benchmarks.processes import Worker, WorkerError, take_turns, workers
 from benchmarks.reporting import Goal, Section, table, write_results
@@ -277,3 +277,53 @@ def test_a_context_is_written_in_full_or_with_a_letter(text: str, tokens: int) -
 def test_a_context_that_is_no_number_is_refused_in_one_line(text: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["bench", f"--context={text}"]) == 1
     assert capsys.readouterr().err == f"error: context {text!r} is no number of tokens: write 4096 or 4K\n"
+
+
+def test_a_part_that_fails_on_a_gpu_leaves_the_others_and_its_goals_say_why() -> None:
+    def fails() -> dict[str, float]:
+        raise RuntimeError("out of memory\nand much more")
+
+    section = gpu.section_of(
+        "a device",
+        {
+            gpu.COPYING: lambda: {"GB/s": 1000.0},
+            gpu.CONNECTION: lambda: {"read and write": gpu.MOVED / 1e12 * 2},
+            gpu.COMPILED: fails,
+            gpu.KVELL: lambda: {"prefill": 1.0, "decode": 0.5, "peak bytes": float(2**30)},
+            gpu.TRANSFORMERS: lambda: {"prefill": 3.0, "decode": 0.25},
+        },
+    )
+    by_name = {goal.name: goal for goal in section.goals}
+    figures = {name: goal.figure for name, goal in by_name.items()}
+    assert figures == {
+        "hyper-connection read and write, of copy bandwidth": 0.5,
+        "hyper-connections' share of a training step": None,
+        "hyper-connection beside the compiled reference": None,
+        "V4-shaped decode beside transformers": 0.5,
+        "V4-shaped prefill beside transformers": 3.0,
+    }
+    why = f"{gpu.COMPILED}: RuntimeError: out of memory"
+    assert by_name["hyper-connection beside the compiled reference"].reason == why
+    text = section.markdown()
+    assert f"{gpu.COMPILED} failed: RuntimeError: out of memory" in text
+    assert "much more" not in text
+    assert "1000 GB/s" in text
+    assert "1024 MiB" in text
+
+
+def test_without_a_gpu_every_goal_is_open(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    section = gpu.run()
+    assert {(goal.met, goal.reason) for goal in section.goals} == {(None, "this machine has no CUDA device")}
+
+
+def test_a_cache_of_random_rows_holds_what_a_prompt_leaves(tmp_path: Path) -> None:
+    """To the byte, and a token is decoded from it."""
+    model = kvell.from_pretrained(write_small("deepseek_v4", tmp_path))
+    tokens = torch.randint(0, 4096, (1, 301))
+    with torch.inference_mode():
+        filled, prefilled = gpu.filled_cache(model, 300), model.make_cache()
+        model(tokens[:, :300], cache=prefilled)
+        assert (filled.lengths, filled.nbytes) == (prefilled.lengths, prefilled.nbytes)
+        assert all(model(tokens[:, 300:], cache=cache).isfinite().all() for cache in (filled, prefilled))
+    assert filled.nbytes == prefilled.nbytes

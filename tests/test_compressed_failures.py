@@ -25,7 +25,7 @@ from kvell.kernels.compressed import (
     pick_blocked,
     pick_reference,
 )
-from kvell.kernels.top_k import top_k_ascending, top_k_lowest_first
+from kvell.kernels.top_k import top_k_ascending, top_k_ascending_unasked, top_k_lowest_first
 from kvell.layers.compressed import Compressed, CompressedAttention
 from kvell.layers.compressor import Compressor
 from kvell.layers.experts import MixtureOfExperts
@@ -514,13 +514,27 @@ def test_of_equal_scores_the_first_entries_are_picked(run, count: int, start: in
 @pytest.mark.parametrize("width", [1, 2, 7, 40])
 @pytest.mark.parametrize("values", [1, 2, 3, 100])
 def test_top_k_is_that_of_a_stable_sort(width: int, values: int) -> None:
-    """Over rows of few different numbers, unseen entries among them."""
-    scores = torch.randint(0, values, (60, width)).float()
+    """Over rows of few different numbers, negative ones, zeros of both signs and unseen entries among them."""
+    scores = torch.randint(0, values, (60, width)) - values / 2
+    scores[torch.rand(60, width) < 0.3] = 0.0
+    scores[torch.rand(60, width) < 0.1] *= -1.0
     scores[torch.rand(60, width) < 0.2] = float("-inf")
     for k in range(1, width + 1):
         wanted = [sorted(range(width), key=lambda j, row=row: (-row[j], j))[:k] for row in scores.tolist()]
         assert top_k_lowest_first(scores, k).tolist() == wanted
-        assert top_k_ascending(scores, k).tolist() == [sorted(row) for row in wanted]
+        for run in (top_k_ascending, top_k_ascending_unasked):
+            assert run(scores, k).tolist() == [sorted(row) for row in wanted]
+
+
+def test_top_k_without_asking_keeps_every_bit_of_the_order() -> None:
+    """Of numbers next to each other, the smallest and the largest there are."""
+    ordered = [-torch.inf, -3.4e38, -1.0000001, -1.0, -1e-45, 0.0, 1e-45, 1.0, 1.0000001, 3.4e38, torch.inf]
+    order = torch.randperm(len(ordered))
+    scores = torch.tensor(ordered)[order][None]
+    for k in range(1, len(ordered) + 1):
+        expected = (order >= len(ordered) - k).nonzero().T
+        assert torch.equal(top_k_ascending_unasked(scores, k), expected)
+        assert torch.equal(top_k_ascending(scores, k), expected)
 
 
 @pytest.mark.parametrize("entries", [3, 12, 90])

@@ -27,6 +27,7 @@ from kvell.kernels.compressed import compressed_attention, pick
 from kvell.kernels.compressor import pooled_entries
 from kvell.kernels.convolution import convolved_heads
 from kvell.kernels.hyper_connections import hyper_read, hyper_write
+from kvell.kernels.rotation import rotate, rotate_last
 from kvell.layers.compressed import Compressed
 from kvell.layers.compressor import Compressor
 from kvell.layers.convolutional import Convolutional
@@ -111,6 +112,34 @@ def test_hyper_connections(
     assert_alike(*in_both(hyper_write, h, y, post, mix), tolerance_of(dtype))
 
 
+@needs_triton
+@pytest.mark.parametrize("dtype", [FLOAT, BFLOAT])
+def test_hyper_connections_read_many_tokens_in_larger_blocks(
+    dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from kvell.kernels.triton import hyper_connections as in_triton
+
+    monkeypatch.setattr(in_triton, "MANY", 60)
+    h, weight, base, scale = randn(70, 2, 300, dtype=dtype), randn(8, 600) * 600**-0.5, randn(8), randn(3)
+    ours, theirs = in_both(hyper_read, h, weight, base, scale, iterations=1, eps=1e-6, norm_eps=1e-6)
+    assert_alike(ours, theirs, tolerance_of(dtype))
+    assert_alike(ours[1:3], theirs[1:3], 1e-4)  # post and mix are fp32, whatever the streams are
+
+
+@needs_triton
+def test_streams_in_bf16_meet_every_bit_of_the_weights() -> None:
+    """Of streams that are zero but for one channel, the numbers are that channel's weights, times a root."""
+    streams, channels = 2, 20
+    h = torch.zeros(40, streams * channels, dtype=BFLOAT, device=DEVICE)
+    h[torch.arange(40), torch.arange(40)] = 1.0
+    weight, base, scale = randn(8, 40), torch.zeros(8, device=DEVICE), torch.ones(3, device=DEVICE)
+    with kernels.use("triton"):
+        _, _, mix = hyper_read(
+            h.view(40, streams, channels), weight, base, scale, iterations=None, eps=1e-6, norm_eps=0.0
+        )
+    torch.testing.assert_close(mix.flatten(1), weight[4:].T * 40**0.5, atol=0, rtol=5e-7)
+
+
 def drawn_picks(visible: Tensor, count: int) -> Tensor:
     """Some of every query's visible entries, ascending, then -1."""
     picks = torch.full((len(visible), count), -1)
@@ -147,7 +176,7 @@ def test_window_and_compressed_attention(
     deterministic: bool,
 ) -> None:
     """The first query sees nearly nothing, the last one everything."""
-    visible = torch.linspace(0, entries, queries).long().to(DEVICE) if queries > 1 else torch.tensor([entries])
+    visible = (torch.linspace(0, entries, queries).long() if queries > 1 else torch.tensor([entries])).to(DEVICE)
     picks = None if picked is None else drawn_picks(visible, picked)
     held = torch.randn(rows + 2, width + 3).to(DEVICE, dtype)[2:, :width]  # rows lie in a larger buffer
     torch.use_deterministic_algorithms(deterministic)
@@ -241,6 +270,67 @@ def test_convolved_heads(
     assert_alike(ours, theirs, tolerance_of(dtype))
 
 
+@needs_triton
+def test_no_convolution_runs_for_the_gradients_of_convolved_heads(monkeypatch: pytest.MonkeyPatch) -> None:
+    """On a GPU torch's convolutions round fp32 to tf32."""
+    monkeypatch.setattr(torch.nn.functional, "conv1d", None)
+    laid = randn(7, 16).requires_grad_()
+    weights = randn(16, 1, 2), randn(16), randn(16, 8, 2), randn(16)
+    with kernels.use("triton"):
+        query, _ = convolved_heads(laid, *weights, None, None, None, [5])
+    query.sum().backward()
+    assert laid.grad is not None
+
+
+@needs_triton
+@pytest.mark.parametrize(
+    ("turn", "dtype", "of_angles"),
+    [
+        (rotate, FLOAT, FLOAT),
+        (rotate, BFLOAT, BFLOAT),
+        (rotate, BFLOAT, FLOAT),
+        (rotate_last, FLOAT, FLOAT),
+        (rotate_last, BFLOAT, FLOAT),  # torch has no complex numbers of bf16
+    ],
+)
+@pytest.mark.parametrize(
+    ("tokens", "heads", "width", "pairs"),
+    [(5, 3, 8, 4), (300, 1, 13, 3), (1, 70, 40, 17), (4, 2, 5, 1), (0, 2, 8, 2)],
+)
+def test_turned_heads(
+    turn: Callable[..., Tensor],
+    dtype: torch.dtype,
+    of_angles: torch.dtype,
+    tokens: int,
+    heads: int,
+    width: int,
+    pairs: int,
+) -> None:
+    cos, sin = randn(tokens, pairs, dtype=of_angles), randn(tokens, pairs, dtype=of_angles)
+    heads_of = randn(heads, tokens, width, dtype=dtype).transpose(0, 1)
+    assert_alike(*in_both(lambda x: turn(x, cos, sin), heads_of), tolerance_of(dtype))
+
+
+@needs_triton
+@pytest.mark.parametrize("turn", [rotate, rotate_last])
+def test_angles_that_are_learned_have_their_gradients(turn: Callable[..., Tensor]) -> None:
+    """Nothing in the library learns them; torch turns then."""
+    assert_alike(*in_both(turn, randn(3, 2, 8), randn(3, 3), randn(3, 3)), 1e-5)
+
+
+@needs_triton
+@pytest.mark.parametrize("turn", [rotate, rotate_last])
+def test_a_turn_has_gradients_of_gradients(turn: Callable[..., Tensor]) -> None:
+    cos, sin, x = randn(3, 3), randn(3, 3), randn(3, 2, 8).requires_grad_()
+    with kernels.use("triton"):
+        (once,) = torch.autograd.grad(turn(x, cos, sin).pow(3).sum(), x, create_graph=True)
+        (ours,) = torch.autograd.grad(once.sum(), x)
+    with kernels.use("reference"):
+        (once,) = torch.autograd.grad(turn(x, cos, sin).pow(3).sum(), x, create_graph=True)
+        (theirs,) = torch.autograd.grad(once.sum(), x)
+    torch.testing.assert_close(ours, theirs, atol=1e-5, rtol=1e-5)
+
+
 RAGGED = [
     ([1, 70, 300, 129], 4, 2, 24, None, FLOAT),
     ([5, 200], 3, 1, 8, 7, FLOAT),
@@ -319,9 +409,9 @@ def model_like(kind: str) -> ModelConfig:
 
 
 LAUNCHED = {
-    "deepseek_v4": {"_read", "_write", "_attend", "_scores", "_pool"},
+    "deepseek_v4": {"_read", "_write", "_attend", "_scores", "_pool", "_turn"},
     "zaya": {"_convolve", "_decode"},
-    "gemma4": {"_decode"},
+    "gemma4": {"_decode", "_turn"},
 }
 
 

@@ -69,6 +69,7 @@ def launch_all(dtype: torch.dtype) -> None:
     from kvell.kernels.triton.decode import ragged_decode
     from kvell.kernels.triton.hyper_connections import hyper_read, hyper_write
     from kvell.kernels.triton.index import pick
+    from kvell.kernels.triton.rotation import rotate, rotate_last
 
     def zeros(*shape: int, of: torch.dtype = dtype) -> torch.Tensor:
         return torch.zeros(shape, dtype=of, requires_grad=True)
@@ -77,15 +78,16 @@ def launch_all(dtype: torch.dtype) -> None:
     h, coefficients = zeros(48, 4, 4096), (zeros(24, 16384, of=wide), zeros(24, of=wide), zeros(3, of=wide))
     x, post, mix = hyper_read(h, *coefficients, iterations=20, eps=1e-6, norm_eps=1e-6)
     (hyper_write(h, x, post, mix).sum() + x.sum()).backward()
+    hyper_read(zeros(600, 4, 4096), *coefficients, iterations=20, eps=1e-6, norm_eps=1e-6)
 
     width = 512 if dtype == torch.bfloat16 else 128
-    rows, entries, sink = zeros(300, width), zeros(600, width), zeros(64, of=wide)
-    for count in (200, 1):
+    rows, entries = zeros(300, width), zeros(600, width)
+    for count, heads in ((200, 64), (1, 64), (200, 16)):
         visible = torch.full((count,), 600)
         for picks in (torch.zeros(count, 512, dtype=torch.long), None):
-            query = zeros(count, 64, width)
+            query, sink = zeros(count, heads, width), zeros(heads, of=wide)
             compressed_attention(query, rows, entries, visible, picks, sink, scale=1.0, window=128).sum().backward()
-        pick(zeros(count, 64, 128), zeros(count, 64), zeros(600, 128), visible, 600)
+        pick(zeros(count, heads, 128), zeros(count, heads), zeros(600, 128), visible, 600)
     for ratio, channels in ((4, 2 * width), (128, width)):
         turned = zeros(5, 32, of=wide), zeros(5, 32, of=wide)
         raw = zeros(5 * ratio, 2 * channels)
@@ -94,6 +96,11 @@ def launch_all(dtype: torch.dtype) -> None:
         turned = zeros(count, 32), zeros(count, 32)
         kernels = zeros(1280, 1, 2), zeros(1280), zeros(1280, 128, 2), zeros(1280)
         convolved_heads(zeros(count + 2, 1280), *kernels, zeros(2), *turned, [count])
+    for count in (100, 1):
+        angles, wide_angles = torch.zeros(count, 32, dtype=dtype), torch.zeros(count, 32)
+        rotate(zeros(count, 8, 128), angles, angles).sum().backward()
+        for heads in (64, 1):
+            rotate_last(zeros(count, heads, 512), wide_angles, wide_angles).sum().backward()
     for heads, kv_heads, head_dim in ((8, 1, width), (64, 8, 128), (6, 2, 40)):
         keys = [zeros(5000, kv_heads, head_dim).detach(), zeros(1, kv_heads, head_dim).detach()]
         ragged_decode(zeros(2, heads, head_dim).detach(), keys, keys, scale=1.0, window=None)

@@ -35,11 +35,9 @@ def convolved_heads(
     without cos and sin nothing turns."""
     if triton_wanted(laid):
         from kvell.kernels.triton.convolution import convolved_heads as run
-
-        return run(laid, depthwise, depthwise_bias, grouped, grouped_bias, temperature, cos, sin, counts)
-    convolve = convolve_reference if reference_wanted() else convolve_as_products
-    convolved = convolve(laid, depthwise, depthwise_bias, grouped, grouped_bias)
-    return _heads_of(laid, convolved, grouped.shape[1], temperature, cos, sin, counts)
+    else:
+        run = convolved_heads_reference if reference_wanted() else convolved_heads_by_products
+    return run(laid, depthwise, depthwise_bias, grouped, grouped_bias, temperature, cos, sin, counts)
 
 
 def convolved_heads_reference(
@@ -58,6 +56,22 @@ def convolved_heads_reference(
     return _heads_of(laid, convolved, grouped.shape[1], temperature, cos, sin, counts)
 
 
+def convolved_heads_by_products(
+    laid: Float[Tensor, "L channels"],
+    depthwise: Float[Tensor, "channels 1 kernel"],
+    depthwise_bias: Float[Tensor, " channels"],
+    grouped: Float[Tensor, "channels D kernel2"],
+    grouped_bias: Float[Tensor, " channels"],
+    temperature: Float[Tensor, " K"] | None,
+    cos: Float[Tensor, "T pairs"] | None,
+    sin: Float[Tensor, "T pairs"] | None,
+    counts: Sequence[int],
+) -> tuple[Float[Tensor, "T H D"], Float[Tensor, "T K D"]]:
+    """The same with plain products in place of convolutions."""
+    convolved = convolve_as_products(laid, depthwise, depthwise_bias, grouped, grouped_bias)
+    return _heads_of(laid, convolved, grouped.shape[1], temperature, cos, sin, counts)
+
+
 def convolve_reference(
     laid: Float[Tensor, "L channels"],
     depthwise: Float[Tensor, "channels 1 kernel"],
@@ -67,8 +81,14 @@ def convolve_reference(
 ) -> Float[Tensor, "V channels"]:
     """Both convolutions, of all sequences at once: V = L - reach outputs, from the first row with all it reaches."""
     channels, width = grouped.shape[:2]
-    y = F.conv1d(laid.T[None], depthwise, depthwise_bias, groups=channels)
-    return F.conv1d(y, grouped, grouped_bias, groups=channels // width)[0].T
+    # cuDNN rounds the operands of fp32 convolutions to tf32 unless a global setting forbids it, also backwards, when
+    # a setting made here would be over. It does not in fp64.
+    dtype = torch.float64 if laid.is_cuda and laid.dtype == torch.float32 else laid.dtype
+    x, depthwise, depthwise_bias, grouped, grouped_bias = (
+        tensor.to(dtype) for tensor in (laid, depthwise, depthwise_bias, grouped, grouped_bias)
+    )
+    y = F.conv1d(x.T[None], depthwise, depthwise_bias, groups=channels)
+    return F.conv1d(y, grouped, grouped_bias, groups=channels // width)[0].T.to(laid.dtype)
 
 
 def convolve_as_products(

@@ -7,11 +7,24 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from kvell.kernels.choice import triton_wanted
+
 
 def rotate(
     x: Float[Tensor, "T heads D"], cos: Float[Tensor, "T pairs"], sin: Float[Tensor, "T pairs"]
 ) -> Float[Tensor, "T heads D"]:
     """Turns the first 2 x pairs channels of every head, (i, i + pairs); the rest pass through."""
+    if triton_wanted(x):
+        from kvell.kernels.triton.rotation import rotate as run
+    else:
+        run = rotate_reference
+    return run(x, cos, sin)
+
+
+def rotate_reference(
+    x: Float[Tensor, "T heads D"], cos: Float[Tensor, "T pairs"], sin: Float[Tensor, "T pairs"]
+) -> Float[Tensor, "T heads D"]:
+    """The same in plain torch."""
     pairs = cos.shape[-1]
     halves = x[..., : 2 * pairs].unflatten(-1, (2, pairs))
     sin = torch.stack([-sin, sin], dim=1)[:, None]
@@ -23,6 +36,17 @@ def rotate_last(
     x: Float[Tensor, "T heads D"], cos: Float[Tensor, "T pairs"], sin: Float[Tensor, "T pairs"]
 ) -> Float[Tensor, "T heads D"]:
     """Turns the last 2 x pairs channels of every head, each pair side by side, in the dtype of cos and sin."""
+    if triton_wanted(x):
+        from kvell.kernels.triton.rotation import rotate_last as run
+    else:
+        run = rotate_last_reference
+    return run(x, cos, sin)
+
+
+def rotate_last_reference(
+    x: Float[Tensor, "T heads D"], cos: Float[Tensor, "T pairs"], sin: Float[Tensor, "T pairs"]
+) -> Float[Tensor, "T heads D"]:
+    """The same in plain torch."""
     width = 2 * cos.shape[-1]
     pairs = x[..., -width:].to(cos.dtype).unflatten(-1, (-1, 2))
     if torch.compiler.is_compiling():  # torch's compiler has no complex numbers

@@ -21,7 +21,9 @@ class RMSNorm(nn.Module):
 
     def forward(self, x: Float[Tensor, "*shape width"]) -> Float[Tensor, "*shape width"]:
         weight = self.weight
-        if x.dtype == torch.float32 and (weight is None or weight.dtype == torch.float32):
+        same = weight is None or weight.dtype == x.dtype
+        # On CUDA torch has one kernel for bf16, which computes in fp32 and rounds nothing but the result, as below.
+        if same and (x.dtype == torch.float32 or (x.is_cuda and x.dtype == torch.bfloat16)):
             return nn.functional.rms_norm(x, (self.width,), weight, self.eps)
         wide = None if weight is None else weight.float()
         return nn.functional.rms_norm(x.float(), (self.width,), wide, self.eps).to(x.dtype)

@@ -19,6 +19,7 @@ the final scale on cos and sin, applied once; released configs state it, and the
 """
 
 import math
+from functools import lru_cache
 from typing import Annotated, Literal, NamedTuple
 
 import torch
@@ -158,7 +159,21 @@ def rotary_table(
     dtype: torch.dtype,
 ) -> RotaryTable:
     """The table for tokens at these positions; angles in fp32 whatever `dtype` the table has."""
-    frequencies = rotary.inverse_frequencies(head_dim).to(positions.device)
+    # What is traced neither meets tensors from outside nor leaves its own behind.
+    if torch.compiler.is_compiling() or type(positions) is not Tensor:
+        frequencies = rotary.inverse_frequencies(head_dim).to(positions.device)
+    else:
+        frequencies = _inverse_frequencies(rotary, head_dim, positions.device)
     angles = positions[:, None].float() * frequencies
-    scale = rotary.scale()
-    return RotaryTable((angles.cos() * scale).to(dtype), (angles.sin() * scale).to(dtype))
+    cos, sin, scale = angles.cos(), angles.sin(), rotary.scale()
+    if scale != 1:
+        cos, sin = cos * scale, sin * scale
+    return RotaryTable(cos.to(dtype), sin.to(dtype))
+
+
+@lru_cache(maxsize=256)
+def _inverse_frequencies(rotary: AnyRotary, head_dim: int, device: torch.device) -> Float[Tensor, " pairs"]:
+    """Computed on the CPU, and copied to the device once: every copy makes the host wait. Training may use what
+    inference asked for first."""
+    with torch.inference_mode(False), torch.device("cpu"):
+        return rotary.inverse_frequencies(head_dim).to(device)

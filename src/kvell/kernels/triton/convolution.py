@@ -4,7 +4,8 @@ A program makes one head of a block of tokens: the depthwise convolution of the 
 product per place of its kernel, the mean, the norm, the temperature and the turn. A head's channels are worked on as
 three parts: the two halves of those that turn, whose pairs then stand at the same place, and the rest.
 
-Gradients are those of the torch version, which runs again for them.
+Gradients are those of the version by plain products, which runs again for them: convolutions on a GPU are not exact
+in fp32.
 """
 
 from collections.abc import Sequence
@@ -15,8 +16,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from kvell.kernels.convolution import convolved_heads_reference
-from kvell.kernels.triton.launch import Recomputed, blocks, on_device_of, power_of_two
+from kvell.kernels.convolution import convolved_heads_by_products
+from kvell.kernels.triton.launch import Recomputed, blocks, on_device_of, power_of_two, sent
 from kvell.kernels.triton.products import product_added
 
 INTO = 32  # a head's channels that one product adds up over: larger blocks do not fit into registers
@@ -34,7 +35,7 @@ def convolved_heads(
     counts: Sequence[int],
 ) -> tuple[Tensor, Tensor]:
     tensors = laid, depthwise, depthwise_bias, grouped, grouped_bias, temperature, cos, sin
-    fast, plain = (partial(run, counts=counts) for run in (_forward, convolved_heads_reference))
+    fast, plain = (partial(run, counts=counts) for run in (_forward, convolved_heads_by_products))
     return Recomputed.apply(fast, plain, *tensors)  # type: ignore[no-untyped-call]
 
 
@@ -67,7 +68,7 @@ def _forward(
     if tokens:
         with on_device_of(laid):
             _convolve[blocks(tokens, block), heads](
-                *(laid, places.to(laid.device), depthwise, depthwise_bias, grouped, grouped_bias),
+                *(laid, sent(places, laid.device), depthwise, depthwise_bias, grouped, grouped_bias),
                 laid if temperature is None else temperature.contiguous(),
                 laid if cos is None else cos.contiguous(),
                 laid if sin is None else sin.contiguous(),

@@ -13,7 +13,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from kvell.kernels.triton.launch import blocks, on_device_of, power_of_two
+from kvell.kernels.triton.launch import blocks, on_device_of, power_of_two, sent
 from kvell.kernels.triton.products import product, product_added
 from kvell.kernels.triton.slices import joined
 
@@ -55,7 +55,7 @@ def ragged_decode(
     logarithms = query.new_empty(slices, count * heads, dtype=torch.float32)
     with on_device_of(query):
         _decode[count, kv_heads, slices](
-            *(query, torch.tensor(rows).to(query.device), outputs, logarithms, count, heads, group, width, scale),
+            *(query, sent(torch.tensor(rows), query.device), outputs, logarithms, count, heads, group, width, scale),
             *(aligned, power_of_two(group, 16), block, filled),
             num_warps=8 if filled > 256 else 4,
         )

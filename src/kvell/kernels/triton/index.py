@@ -6,13 +6,14 @@ import triton.language as tl
 from torch import Tensor
 
 from kvell.kernels.compressed import pick_blocked
-from kvell.kernels.top_k import top_k_ascending
+from kvell.kernels.top_k import top_k_ascending, top_k_ascending_unasked
 from kvell.kernels.triton.launch import blocks, on_device_of, power_of_two
 from kvell.kernels.triton.products import product
 
 # Scores held at once: 128 MiB. Rows (queries times heads) and entries of a block.
 SCORES, ROWS, ENTRIES = 1 << 25, 128, 64
 WIDEST = 512  # bytes of a head: wider ones' blocks do not fit into shared memory, torch does these
+FEW = 16  # queries that choose without the host waiting: for one it is faster by itself, for 128 slower
 # Blocks of entries that one program goes through with its queries in registers.
 BLOCKS = 8
 
@@ -25,11 +26,14 @@ def pick(query: Tensor, weights: Tensor, keys: Tensor, visible: Tensor, top_k: i
     for start in range(0, len(query), size):
         block = slice(start, min(start + size, len(query)))
         seen = visible[block]
-        # Later queries see more: what the last ones see is all that any does, but nothing promises it.
-        most = int(seen.max())
+        few = len(seen) <= FEW
+        # Later queries see more: what the last ones see is all that any does, but nothing promises it. Few queries,
+        # decoded tokens, see nearly all there is.
+        most = len(keys) if few else int(seen.max())
         if most == 0:
             continue
-        best = top_k_ascending(masked_scores(query[block], weights[block], keys[:most], seen), min(top_k, most))
+        choose = top_k_ascending_unasked if few else top_k_ascending
+        best = choose(masked_scores(query[block], weights[block], keys[:most], seen), min(top_k, most))
         picks[block, : best.shape[1]] = torch.where(best < seen[:, None], best, -1)
     return picks
 

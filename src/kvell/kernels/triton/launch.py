@@ -23,6 +23,14 @@ def blocks(number: int, block: int) -> int:
     return -(-number // block)
 
 
+def sent(numbers: Tensor, device: torch.device) -> Tensor:
+    """Numbers of the host on the device, without waiting for what it still has to do: from pinned memory the copy is
+    queued behind that, and torch keeps the memory until it is done."""
+    if device.type != "cuda":
+        return numbers.to(device)
+    return numbers.pin_memory().to(device, non_blocking=True)
+
+
 class Recomputed(torch.autograd.Function):
     """Forward in Triton; backward runs the torch version of the same arguments again and differentiates it."""
 
