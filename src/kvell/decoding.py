@@ -59,7 +59,8 @@ def _shaped(tensors: Sequence[Tensor | None], part: int, shape: Sequence[int]) -
     return tensors[0].new_empty(shape)
 
 
-_library.impl("apart", _call_back, "CPU")
+for key in ("CPU", "CUDA"):
+    _library.impl("apart", _call_back, key)
 torch.library.register_fake("kvell::apart", _shaped, lib=_library)
 
 
@@ -103,7 +104,7 @@ class CompiledStep:
         """InputError where nothing can be compiled."""
         check_can_compile(model.device)
         traced = _OneToken(model, self._keep)
-        tokens, positions = torch.zeros(2, batch_size, dtype=torch.long)
+        tokens, positions = torch.zeros(2, batch_size, dtype=torch.long, device=model.device)
         with torch.no_grad():
             program = torch.export.export(traced, (tokens, positions), strict=False)
         weights = dict(program.constants) | dict(traced.named_parameters()) | dict(traced.named_buffers())
@@ -145,8 +146,8 @@ def machine_code(
 
 def check_can_compile(device: torch.device) -> None:
     """InputError where decoding cannot be compiled."""
-    if device.type != "cpu":
-        raise InputError(f"decoding is compiled for the CPU alone, not for {device}")
+    if device.type not in ("cpu", "cuda"):
+        raise InputError(f"decoding is compiled for the CPU and for CUDA devices, not for {device}")
     check_compiler(device)
 
 
@@ -160,7 +161,7 @@ def kept_at(folder: str | Path | None) -> Path:
 def _digest(program: torch.export.ExportedProgram) -> str:
     """Of everything that the machine code depends on."""
     said = [str(program), torch.__version__, platform.machine(), torch.backends.cpu.get_cpu_capability()]
-    said.append(str(torch.get_num_threads()))
+    said.append(torch.cuda.get_device_name() if torch.cuda.is_available() else str(torch.get_num_threads()))
     # Small constants become part of the code.
     said += [f"{name} {value.tolist()}" for name, value in program.constants.items() if isinstance(value, Tensor)]
     return hashlib.sha256("\n".join(said).encode()).hexdigest()[:32]

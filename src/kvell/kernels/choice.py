@@ -55,7 +55,8 @@ def triton_wanted(tensor: Tensor) -> bool:
     """Whether a kernel that has a Triton version runs it on `tensor` and others like it. InputError where
     `use("triton")` demands what cannot be."""
     version = chosen()
-    if version == "reference":
+    # torch's compiler makes kernels of its own from the torch version.
+    if version == "reference" or torch.compiler.is_compiling():
         return False
     if version == "fast":
         return tensor.is_cuda and tensor.dtype != torch.float64 and triton_installed()

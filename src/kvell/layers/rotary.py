@@ -161,7 +161,8 @@ def rotary_table(
     """The table for tokens at these positions; angles in fp32 whatever `dtype` the table has."""
     # What is traced neither meets tensors from outside nor leaves its own behind.
     if torch.compiler.is_compiling() or type(positions) is not Tensor:
-        frequencies = rotary.inverse_frequencies(head_dim).to(positions.device)
+        with positions.device:
+            frequencies = rotary.inverse_frequencies(head_dim)
     else:
         frequencies = _inverse_frequencies(rotary, head_dim, positions.device)
     angles = positions[:, None].float() * frequencies
