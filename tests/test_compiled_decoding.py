@@ -19,9 +19,10 @@ from strategies import VOCAB, configs, random_model
 from test_triton_kernels import model_like
 from torch import Tensor
 
-from kvell import Cache, Decoder, ModelConfig, decoding, kernels
+from kvell import Cache, Decoder, ModelConfig, kernels
 from kvell.cli import main
 from kvell.config import LayerConfig
+from kvell.decoding import compiled as compiling
 from kvell.errors import InputError
 from kvell.layers.experts import MixtureOfExperts
 from kvell.layers.grouped_query import GroupedQuery
@@ -62,13 +63,13 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def runs(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """The number of sequences of each step that ran compiled."""
     batches: list[int] = []
-    run = decoding.CompiledStep.__call__
+    run = compiling.CompiledStep.__call__
 
-    def noted(self: decoding.CompiledStep, step: Any) -> Tensor:
+    def noted(self: compiling.CompiledStep, step: Any) -> Tensor:
         batches.append(len(step.counts))
         return run(self, step)
 
-    monkeypatch.setattr(decoding.CompiledStep, "__call__", noted)
+    monkeypatch.setattr(compiling.CompiledStep, "__call__", noted)
     return batches
 
 
@@ -80,13 +81,13 @@ def _as_traced(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
         module = program.module()
         return lambda inputs: [module(*inputs)], {}
 
-    monkeypatch.setattr(decoding, "machine_code", traced)
+    monkeypatch.setattr(compiling, "machine_code", traced)
     return
 
 
 def check_all_ways(model: Decoder, compiled: Decoder) -> None:
     """After a prompt, after taking tokens back, and in a batch of two lengths."""
-    tokens = draw_tokens(2, 23)
+    tokens = draw_tokens(2, 23).to(model.device)
     with torch.no_grad():
         caches = [compiled.make_cache(max_rewind=2), compiled.make_cache(max_rewind=2)]
         for row, (cache, prompt) in enumerate(zip(caches, (9, 2), strict=True)):
@@ -191,7 +192,7 @@ def test_compiled_code_serves_any_weights_of_its_shapes(folder: Path, monkeypatc
     def compile_again(*_: Any) -> None:
         raise AssertionError("nothing is kept")
 
-    monkeypatch.setattr(decoding, "_compile", compile_again)
+    monkeypatch.setattr(compiling, "_compile", compile_again)
     torch.manual_seed(1)
     other = random_model(MIXED).compile_decoding(folder=folder)
     assert sorted(folder.iterdir()) == kept
@@ -220,7 +221,10 @@ def test_what_cannot_be_compiled_is_refused_in_words(tmp_path: Path, monkeypatch
     file.write_text("")
     with pytest.raises(InputError, match=r"cannot be kept in .*file/below: Not a directory"):
         model.compile_decoding(folder=file / "below")
-    with torch.device("meta"), pytest.raises(InputError, match="compiled for the CPU and for CUDA devices, not for meta"):
+    with (
+        torch.device("meta"),
+        pytest.raises(InputError, match="recorded on CUDA devices, not on meta"),
+    ):
         Decoder(MIXED).compile_decoding()
     environment = os.environ | {"CXX": "no-such-compiler"}
     command = [sys.executable, "-m", "kvell", "generate", "--prompt", "x", "--compile"]

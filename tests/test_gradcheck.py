@@ -24,7 +24,7 @@ from kvell import kernels
 from kvell.kernels import attention as attention_kernels
 from kvell.kernels import compressed as compressed_kernels
 from kvell.kernels.compressed import pick
-from kvell.kernels.experts import experts_grouped, experts_reference
+from kvell.kernels.experts import experts_gathered, experts_grouped, experts_indexed, experts_reference
 from kvell.kernels.hyper_connections import sinkhorn
 from kvell.layers import routers
 from kvell.layers.compressed import Compressed
@@ -170,7 +170,7 @@ def test_attention_over_a_window_and_entries(
 
 @pytest.mark.parametrize("limit", [None, 0.8])
 @pytest.mark.parametrize("activation", ["silu", "gelu_tanh"])
-@pytest.mark.parametrize("run", [experts_grouped, experts_reference])
+@pytest.mark.parametrize("run", [experts_gathered, experts_grouped, experts_indexed, experts_reference])
 def test_experts(run: Callable[..., Tensor], activation: Any, limit: float | None) -> None:
     """An expert that nobody chose, and a choice of none."""
     chosen = torch.tensor([[0, 2], [2, 1], [4, 0], [1, 4]])

@@ -27,10 +27,11 @@ from kvell.layer import Layer
 from kvell.layers.linear import Linear
 from kvell.layers.norms import RMSNorm
 from kvell.layers.per_layer_embedding import MappedTable
+from kvell.layers.precision import rounded
 from kvell.step import Observed, Step
 
 if TYPE_CHECKING:
-    from kvell.decoding import CompiledStep
+    from kvell.decoding import DecodingStep
 
 # What a step computes for its tokens takes memory: a long prompt goes through in steps of so many tokens. An
 # accelerator has more of both, memory and units to be kept busy.
@@ -63,7 +64,7 @@ class Decoder(nn.Module):
         self._sources = config.reads()
         self._streams, self._draft_streams = config.streams(), config.draft_streams()
         self._last_writer = max(layer for layer, _ in self._streams)
-        self._compiled: dict[int, CompiledStep] = {}  # by the number of sequences
+        self._compiled: dict[int, DecodingStep] = {}  # by the number of sequences
         self.reset_parameters()
 
     @property
@@ -222,10 +223,10 @@ class Decoder(nn.Module):
         `load_state_dict` and in copies of the model, compile again. InputError off the CPU, without a C++ compiler,
         and where the folder cannot be written.
         """
-        from kvell.decoding import CompiledStep, kept_at
+        from kvell.decoding import decoding_step
 
         count = whole_number("batch_size", batch_size, error=InputError)
-        self._compiled[count] = CompiledStep(self, count, kept_at(folder))
+        self._compiled[count] = decoding_step(self, count, folder)
         return self
 
     def save_pretrained(self, path: str | Path, *, max_shard_bytes: int = 4 * 2**30) -> None:
@@ -274,7 +275,7 @@ class Decoder(nn.Module):
         """What stands behind the layers."""
         return self._logits(self.norm(self.ends.close(h)))
 
-    def _compiled_for(self, step: Step) -> "CompiledStep | None":
+    def _compiled_for(self, step: Step) -> "DecodingStep | None":
         """Compiled code for a step of one token per sequence with a cache, if there is any and it is to be used."""
         compiled = self._compiled.get(len(step.counts))
         if (
@@ -353,8 +354,7 @@ class Decoder(nn.Module):
         return h
 
     def _embed(self, tokens: Int[Tensor, " T"]) -> Float[Tensor, "T C"]:
-        scale = torch.tensor(self.config.embedding_scale).to(self.dtype).item()
-        return self.embedding(tokens) * scale
+        return self.embedding(tokens) * rounded(self.config.embedding_scale, self.dtype)
 
     def _logits(self, x: Float[Tensor, "T C"]) -> Float[Tensor, "T V"]:
         weight = self.embedding.weight if self.config.tied_head else self.head.weight

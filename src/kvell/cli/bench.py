@@ -59,7 +59,7 @@ def bench(
     import kvell
     from kvell.bundled import bundled_model_path
     from kvell.checkpoint.loading import HUB_FILES, available_device, known_dtype
-    from kvell.decoding import check_can_compile
+    from kvell.decoding import check_device
     from kvell.families import locate
 
     contexts = sorted({parse_context(text) for text in context} if context else CONTEXTS)
@@ -68,7 +68,7 @@ def bench(
     torch_device, torch_dtype = available_device(device), known_dtype(dtype)
     set_threads(threads)
     if compiled:
-        check_can_compile(torch_device)
+        check_device(torch_device)
     directory = locate(model or bundled_model_path(), HUB_FILES)
     start = perf_counter()
     decoder = kvell.from_pretrained(directory, dtype=torch_dtype, device=torch_device)

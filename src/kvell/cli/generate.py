@@ -84,7 +84,7 @@ def generate(
     import kvell
     from kvell.bundled import bundled_model_path
     from kvell.checkpoint.loading import HUB_FILES, available_device, known_dtype
-    from kvell.decoding import check_can_compile
+    from kvell.decoding import check_device
     from kvell.families import locate
     from kvell.generation import SamplingSettings, SpeculationSettings, Tokenizer, accepted_length
     from kvell.generation import generate as continue_prompt
@@ -96,7 +96,7 @@ def generate(
     torch_device, torch_dtype = available_device(device), known_dtype(dtype)
     set_threads(threads)
     if compiled:
-        check_can_compile(torch_device)
+        check_device(torch_device)
     directory = locate(model or bundled_model_path(), HUB_FILES)
     tokenizer = Tokenizer.from_pretrained(directory)
     prompt_ids = tokenizer.encode(text)

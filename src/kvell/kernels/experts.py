@@ -14,6 +14,10 @@ from torch import Tensor
 from kvell.kernels.choice import reference_wanted
 from kvell.kernels.linear import kept, linear
 
+# On a GPU so few (token, expert) pairs read a copy of their experts' weights: for being told who is chosen the host
+# would have to wait.
+GATHERED = 16
+
 
 def experts(
     x: Float[Tensor, "T C"],
@@ -28,6 +32,8 @@ def experts(
         run = experts_reference
     elif torch.compiler.is_compiling():
         run = experts_indexed
+    elif x.is_cuda and (chosen.numel() <= GATHERED or torch.cuda.is_current_stream_capturing()):
+        run = experts_gathered
     else:
         run = experts_of_one_token if len(x) == 1 else experts_grouped
     return run(x, weights, chosen, gate_up, down, unit)
@@ -78,10 +84,28 @@ def experts_indexed(
     """Nothing but the weights read depends on the choice. To be compiled: run as it stands it would copy them."""
     there = chosen < len(gate_up)
     expert = torch.where(there, chosen, 0)
-    gate, up = (gate_up[expert].float() * kept(x)[:, None, None].float()).sum(-1).chunk(2, dim=-1)
+    wide = torch.promote_types(x.dtype, torch.float32)
+    gate, up = (gate_up[expert].to(wide) * kept(x)[:, None, None].to(wide)).sum(-1).chunk(2, dim=-1)
     inner = kept(unit(gate.to(x.dtype), up.to(x.dtype)))
-    outputs = (down[expert].float() * inner[:, :, None].float()).sum(-1)
+    outputs = (down[expert].to(wide) * inner[:, :, None].to(wide)).sum(-1)
     return (outputs * torch.where(there, weights, 0)[:, :, None]).sum(1).to(x.dtype)
+
+
+def experts_gathered(
+    x: Float[Tensor, "T C"],
+    weights: Float[Tensor, "T k"],
+    chosen: Int[Tensor, "T k"],
+    gate_up: Float[Tensor, "E I2 C"],
+    down: Float[Tensor, "E C I"],
+    unit: Callable[[Tensor, Tensor], Tensor],
+) -> Float[Tensor, "T C"]:
+    """Every pair by itself, with a copy of its expert's weights; the host need not know the choice."""
+    there = chosen < len(gate_up)
+    expert = torch.where(there, chosen, 0).flatten()
+    rows = x[:, None].expand(-1, chosen.shape[1], -1).flatten(0, 1)
+    gate, up = (gate_up[expert] @ rows[:, :, None]).squeeze(2).chunk(2, dim=-1)
+    outputs = (down[expert] @ unit(gate, up)[:, :, None]).squeeze(2).unflatten(0, chosen.shape)
+    return (outputs * torch.where(there, weights, 0)[:, :, None]).sum(1)
 
 
 def experts_grouped(

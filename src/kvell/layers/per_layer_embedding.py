@@ -16,7 +16,6 @@ memory-mapped on disk or off the accelerator. What people get wrong: dropping on
 
 from typing import TYPE_CHECKING, Annotated, Literal
 
-import torch
 from jaxtyping import Float, Int
 from pydantic import Field
 from torch import Tensor, nn
@@ -26,6 +25,7 @@ from kvell.layers.feed_forward import ACTIVATIONS, ActivationName
 from kvell.layers.linear import Linear
 from kvell.layers.norms import RMSNorm
 from kvell.layers.part import Part, Site
+from kvell.layers.precision import rounded
 
 if TYPE_CHECKING:
     from kvell.step import Step
@@ -94,7 +94,7 @@ class PerLayerInputs(nn.Module):
     def forward(self, embedded: Float[Tensor, "T C"], step: "Step") -> Float[Tensor, "T L P"]:
         shape = (-1, self.num_layers, self.width)
         rows = step.apart(self._look_up, embedded, shape=(len(embedded), self.num_layers * self.width))
-        token = rows.view(shape) * torch.tensor(self.width**0.5).to(rows.dtype).item()
+        token = rows.view(shape) * rounded(self.width**0.5, rows.dtype)
         context = self.norm((self.projection(embedded) * self.projection_scale).view(shape))
         return (context + token) * 2**-0.5
 

@@ -1,10 +1,17 @@
-"""Parameters that stay fp32 whatever dtype the model is moved to."""
+"""Parameters that stay fp32 whatever dtype the model is moved to, and constants that take the model's."""
 
 from collections.abc import Callable
+from functools import cache
 from typing import ClassVar, Self
 
 import torch
 from torch import Tensor, nn
+
+
+@cache
+def rounded(number: float, dtype: torch.dtype) -> float:
+    """The number as a tensor of this dtype would hold it."""
+    return float(torch.tensor(number, device="cpu").to(dtype))
 
 
 class KeepsFp32(nn.Module):

@@ -9,7 +9,7 @@ in fp32.
 """
 
 from collections.abc import Sequence
-from functools import partial
+from functools import lru_cache, partial
 
 import torch
 import triton
@@ -59,16 +59,13 @@ def _forward(
     )
     query = laid.new_empty(tokens, heads - kv_heads, width)
     key = laid.new_empty(tokens, kv_heads, width)
-    # Where a token's row lies: every sequence stands behind the rows that it reaches back to.
-    places = torch.arange(tokens) + (earlier + later - 2) * (1 + torch.arange(len(counts))).repeat_interleave(
-        torch.tensor(counts)
-    )
+    places = _places(tuple(counts), earlier + later - 2, laid.device)
     pairs = 0 if cos is None else cos.shape[1]
     block = 16 if tokens <= 16 else 32
     if tokens:
         with on_device_of(laid):
             _convolve[blocks(tokens, block), heads](
-                *(laid, sent(places, laid.device), depthwise, depthwise_bias, grouped, grouped_bias),
+                *(laid, places, depthwise, depthwise_bias, grouped, grouped_bias),
                 laid if temperature is None else temperature.contiguous(),
                 laid if cos is None else cos.contiguous(),
                 laid if sin is None else sin.contiguous(),
@@ -78,6 +75,15 @@ def _forward(
                 width > 2 * pairs,
             )
     return query, key
+
+
+@lru_cache(maxsize=64)
+def _places(counts: tuple[int, ...], reach: int, device: torch.device) -> Tensor:
+    """Where every token's row lies: each sequence stands behind the rows that it reaches back to. Kept, as every
+    layer asks for the same, and every decoded token."""
+    with torch.inference_mode(False):
+        sequence = torch.arange(len(counts)).repeat_interleave(torch.tensor(counts))
+        return sent(torch.arange(sum(counts)) + reach * (1 + sequence), device)
 
 
 @triton.jit

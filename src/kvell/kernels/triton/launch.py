@@ -28,6 +28,8 @@ def sent(numbers: Tensor, device: torch.device) -> Tensor:
     queued behind that, and torch keeps the memory until it is done."""
     if device.type != "cuda":
         return numbers.to(device)
+    # A graph would read this memory again whenever it is replayed.
+    assert not torch.cuda.is_current_stream_capturing()
     return numbers.pin_memory().to(device, non_blocking=True)
 
 

@@ -1,4 +1,4 @@
-"""The step of one token per sequence, compiled as a whole for the CPU.
+"""The step of one token per sequence, compiled as a whole, for the CPU.
 
 Decoding a small model is bound by what surrounds each operator, not by the numbers that it reads. The step is traced
 once, by running it on tensors without values, and compiled by torch's AOTInductor to machine code that is called
@@ -30,7 +30,6 @@ import torch
 from torch import Tensor, nn
 
 from kvell.errors import InputError
-from kvell.hardware import check_compiler
 from kvell.step import Left, Step
 
 if TYPE_CHECKING:
@@ -59,8 +58,7 @@ def _shaped(tensors: Sequence[Tensor | None], part: int, shape: Sequence[int]) -
     return tensors[0].new_empty(shape)
 
 
-for key in ("CPU", "CUDA"):
-    _library.impl("apart", _call_back, key)
+_library.impl("apart", _call_back, "CPU")
 torch.library.register_fake("kvell::apart", _shaped, lib=_library)
 
 
@@ -102,9 +100,8 @@ class CompiledStep:
 
     def __init__(self, model: "Decoder", batch_size: int, folder: Path) -> None:
         """InputError where nothing can be compiled."""
-        check_can_compile(model.device)
         traced = _OneToken(model, self._keep)
-        tokens, positions = torch.zeros(2, batch_size, dtype=torch.long, device=model.device)
+        tokens, positions = torch.zeros(2, batch_size, dtype=torch.long)
         with torch.no_grad():
             program = torch.export.export(traced, (tokens, positions), strict=False)
         weights = dict(program.constants) | dict(traced.named_parameters()) | dict(traced.named_buffers())
@@ -144,24 +141,10 @@ def machine_code(
     return code.loader.run, used
 
 
-def check_can_compile(device: torch.device) -> None:
-    """InputError where decoding cannot be compiled."""
-    if device.type not in ("cpu", "cuda"):
-        raise InputError(f"decoding is compiled for the CPU and for CUDA devices, not for {device}")
-    check_compiler(device)
-
-
-def kept_at(folder: str | Path | None) -> Path:
-    """Where compiled code is kept: the folder named, or the user's for such things."""
-    if folder is not None:
-        return Path(folder)
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "kvell"
-
-
 def _digest(program: torch.export.ExportedProgram) -> str:
     """Of everything that the machine code depends on."""
     said = [str(program), torch.__version__, platform.machine(), torch.backends.cpu.get_cpu_capability()]
-    said.append(torch.cuda.get_device_name() if torch.cuda.is_available() else str(torch.get_num_threads()))
+    said.append(str(torch.get_num_threads()))
     # Small constants become part of the code.
     said += [f"{name} {value.tolist()}" for name, value in program.constants.items() if isinstance(value, Tensor)]
     return hashlib.sha256("\n".join(said).encode()).hexdigest()[:32]

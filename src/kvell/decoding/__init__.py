@@ -1,0 +1,52 @@
+"""Steps of one token per sequence, without the cost of running them operator by operator: compiled to machine code
+on the CPU, recorded as CUDA graphs on a CUDA device. Both leave out what asks the cache (Step.apart): it runs as ever.
+"""
+
+import os
+from pathlib import Path
+from typing import TYPE_CHECKING, Protocol
+
+import torch
+from torch import Tensor
+
+from kvell.errors import InputError
+from kvell.hardware import check_compiler
+from kvell.step import Step
+
+if TYPE_CHECKING:
+    from kvell.model import Decoder
+
+
+class DecodingStep(Protocol):
+    """What runs in place of a model's own forward."""
+
+    def __call__(self, step: Step) -> Tensor:
+        """Logits (B, V) of a step of one token for each of B sequences."""
+        ...
+
+
+def decoding_step(model: "Decoder", batch_size: int, folder: str | Path | None) -> DecodingStep:
+    """A model's step of one token for each of `batch_size` sequences. InputError where there can be none."""
+    check_device(model.device)
+    if model.device.type == "cuda":
+        from kvell.decoding.recorded import RecordedStep
+
+        return RecordedStep(model, batch_size)
+    from kvell.decoding.compiled import CompiledStep
+
+    return CompiledStep(model, batch_size, kept_at(folder))
+
+
+def check_device(device: torch.device) -> None:
+    """InputError where decoding can be neither compiled nor recorded."""
+    if device.type == "cpu":
+        check_compiler(device)
+    elif device.type != "cuda":
+        raise InputError(f"decoding is compiled for the CPU and recorded on CUDA devices, not on {device}")
+
+
+def kept_at(folder: str | Path | None) -> Path:
+    """Where compiled code is kept: the folder named, or the user's for such things."""
+    if folder is not None:
+        return Path(folder)
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "kvell"

@@ -1,0 +1,102 @@
+"""The step of one token per sequence on a CUDA device, recorded as CUDA graphs.
+
+A graph launches again the kernels that were launched while it was recorded, on the same memory, without Python or
+torch between them: a decoded token of a small model is hundreds of kernels that take less time than their launches.
+What asks the cache (Step.apart) launches other kernels for every length, so it is no part of a graph:
+
+    graph 0 -> part 0 -> graph 1 -> part 1 -> ... -> graph n
+
+A part reads the tensors that the graph before it has written, and its result is copied to where the next one reads.
+The kernels are those that run without graphs, so the logits are the same.
+"""
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, NamedTuple
+
+import torch
+from torch import Tensor
+
+from kvell.step import Left, Step
+
+if TYPE_CHECKING:
+    from kvell.model import Decoder
+
+Part = Callable[..., Tensor]
+
+
+class _Apart(NamedTuple):
+    """A part, the tensors that it reads, and where its result belongs."""
+
+    part: Part
+    tensors: tuple[Tensor | None, ...]
+    result: Tensor
+
+
+class _Recorder(Step):
+    """A step whose parts do not run: at each of them one graph ends and the next begins."""
+
+    def __init__(
+        self, tokens: Tensor, positions: Tensor, sources: frozenset[Left], between: Callable[[_Apart], None]
+    ) -> None:
+        # No starts: a layer that looked at them would have them recorded.
+        super().__init__(tokens, [1] * len(tokens), [], positions, sources=sources)
+        self.between = between
+
+    def apart(
+        self, part: Part, *tensors: Tensor | None, wanted: Step | None = None, shape: Sequence[int] | None = None
+    ) -> Tensor:
+        assert wanted is None
+        first = tensors[0]
+        assert first is not None
+        result = first.new_empty(shape or first.shape)
+        self.between(_Apart(part, tensors, result))
+        return result
+
+
+class RecordedStep:
+    """A model's step of one token for each of `batch_size` sequences."""
+
+    def __init__(self, model: "Decoder", batch_size: int) -> None:
+        self.graphs: list[torch.cuda.CUDAGraph] = []
+        self.parts: list[_Apart] = []
+        sources = model.config.reads()
+        with torch.inference_mode(False), torch.no_grad(), _side_stream(model.device):
+            self.tokens, self.positions = torch.zeros(2, batch_size, dtype=torch.long, device=model.device)
+            # Kernels are compiled and libraries find their workspaces before anything is recorded.
+            for _ in range(2):
+                model.logits_of(_Recorder(self.tokens, self.positions, sources, lambda _: None))
+            self._begin()
+            self.logits = model.logits_of(_Recorder(self.tokens, self.positions, sources, self._between))
+            self.graphs[-1].capture_end()
+
+    def __call__(self, step: Step) -> Tensor:
+        """Logits (B, V)."""
+        self.tokens.copy_(step.tokens)
+        self.positions.copy_(step.positions)
+        for graph, apart in zip(self.graphs, self.parts, strict=False):
+            graph.replay()
+            apart.result.copy_(apart.part(step, step, *apart.tensors))
+        self.graphs[-1].replay()
+        return self.logits.clone()
+
+    def _begin(self) -> None:
+        graph = torch.cuda.CUDAGraph()
+        # Tensors of one graph are read by later ones: all draw on the first one's memory.
+        graph.capture_begin(pool=self.graphs[0].pool() if self.graphs else None)
+        self.graphs.append(graph)
+
+    def _between(self, apart: _Apart) -> None:
+        self.graphs[-1].capture_end()
+        self.parts.append(apart)
+        self._begin()
+
+
+@contextmanager
+def _side_stream(device: torch.device) -> Iterator[None]:
+    """Nothing can be recorded on the default stream."""
+    stream = torch.cuda.Stream(device)
+    stream.wait_stream(torch.cuda.current_stream(device))
+    with torch.cuda.device(device), torch.cuda.stream(stream):
+        yield
+    torch.cuda.current_stream(device).wait_stream(stream)
