@@ -25,7 +25,7 @@ from kvell.kernels.compressed import (
     pick_blocked,
     pick_reference,
 )
-from kvell.kernels.top_k import top_k_ascending, top_k_ascending_unasked, top_k_lowest_first
+from kvell.kernels.top_k import ranked, top_k_ascending, top_k_lowest_first, top_k_of_ranked
 from kvell.layers.compressed import Compressed, CompressedAttention
 from kvell.layers.compressor import Compressor
 from kvell.layers.experts import MixtureOfExperts
@@ -522,8 +522,8 @@ def test_top_k_is_that_of_a_stable_sort(width: int, values: int) -> None:
     for k in range(1, width + 1):
         wanted = [sorted(range(width), key=lambda j, row=row: (-row[j], j))[:k] for row in scores.tolist()]
         assert top_k_lowest_first(scores, k).tolist() == wanted
-        for run in (top_k_ascending, top_k_ascending_unasked):
-            assert run(scores, k).tolist() == [sorted(row) for row in wanted]
+        for chosen in (top_k_ascending(scores, k), top_k_of_ranked(ranked(scores), k)):
+            assert chosen.tolist() == [sorted(row) for row in wanted]
 
 
 def test_top_k_without_asking_keeps_every_bit_of_the_order() -> None:
@@ -533,7 +533,7 @@ def test_top_k_without_asking_keeps_every_bit_of_the_order() -> None:
     scores = torch.tensor(ordered)[order][None]
     for k in range(1, len(ordered) + 1):
         expected = (order >= len(ordered) - k).nonzero().T
-        assert torch.equal(top_k_ascending_unasked(scores, k), expected)
+        assert torch.equal(top_k_of_ranked(ranked(scores), k), expected)
         assert torch.equal(top_k_ascending(scores, k), expected)
 
 

@@ -17,7 +17,13 @@ from torch.utils._pytree import tree_flatten
 
 from kvell.decoding import recorded
 from kvell.kernels import experts as experts_module
-from kvell.kernels.experts import experts_gathered, experts_grouped, experts_indexed, experts_reference
+from kvell.kernels.experts import (
+    experts_gathered,
+    experts_grouped,
+    experts_indexed,
+    experts_of_groups,
+    experts_reference,
+)
 from kvell.layers.feed_forward import GatedUnit
 
 ASKS = {"aten._local_scalar_dense.default", "aten.nonzero.default"}
@@ -92,11 +98,11 @@ def test_logits_of_a_step_stay_when_the_next_one_runs() -> None:
     assert torch.equal(first, kept)
 
 
-@pytest.mark.parametrize("run", [experts_gathered, experts_grouped, experts_indexed])
+@pytest.mark.parametrize("run", [experts_gathered, experts_grouped, experts_indexed, experts_of_groups])
 def test_experts_run_in_every_way_alike(run: Any) -> None:
     """Four experts, one that nobody chose, and choices of none."""
-    x, weights = torch.randn(5, 6), torch.rand(5, 2)
+    x, weights = torch.randn(5, 8), torch.rand(5, 2)
     chosen = torch.tensor([[0, 1], [1, 4], [3, 0], [4, 4], [0, 3]])
-    gate_up, down, unit = torch.randn(4, 8, 6), torch.randn(4, 6, 4), GatedUnit("silu", 0.7)
+    gate_up, down, unit = torch.randn(4, 8, 8), torch.randn(4, 8, 4), GatedUnit("silu", 0.7)
     expected = experts_reference(x, weights, chosen, gate_up, down, unit)
     torch.testing.assert_close(run(x, weights, chosen, gate_up, down, unit), expected, atol=1e-5, rtol=1e-5)

@@ -60,6 +60,7 @@ class Step:
         self.made: dict[Left, Any] = {} if made is None else made
         self._rows = rows
         self._tables: dict[Any, RotaryTable] = {}
+        self._complete: dict[int | None, Tensor] = {}
 
     @classmethod
     def of(
@@ -131,6 +132,13 @@ class Step:
         if key not in self._tables:
             self._tables[key] = rotary_table(rotary, head_dim, self.positions, dtype)
         return self._tables[key]
+
+    def windows_complete(self, ratio: int | None) -> Int[Tensor, " T"]:
+        """How many windows of `ratio` tokens each token completes or has behind it; none without a ratio."""
+        if ratio not in self._complete:
+            after = self.positions + 1
+            self._complete[ratio] = torch.zeros_like(after) if ratio is None else after // ratio
+        return self._complete[ratio]
 
     def last(self) -> "Step":
         """The same step narrowed to the last token of each sequence; it shares what was made, and appends nothing."""

@@ -380,9 +380,7 @@ class CompressedAttention(KeepsFp32):
     def _visible(self, step: "Step") -> Sequence[Int[Tensor, " _"]]:
         """How many entries each query sees, per sequence."""
         compressor = self.config.compressor
-        if compressor is None:
-            return step.by_sequence(torch.zeros_like(step.positions))
-        return step.by_sequence((step.positions + 1) // compressor.ratio)
+        return step.by_sequence(step.windows_complete(None if compressor is None else compressor.ratio))
 
     def _project(self, y: Float[Tensor, "T H D"]) -> Float[Tensor, "T C"]:
         """The groups' own low-rank projections, then one over all of them."""

@@ -6,7 +6,7 @@ import triton.language as tl
 from torch import Tensor
 
 from kvell.kernels.compressed import pick_blocked
-from kvell.kernels.top_k import top_k_ascending, top_k_ascending_unasked
+from kvell.kernels.top_k import top_k_ascending, top_k_of_ranked
 from kvell.kernels.triton.launch import blocks, on_device_of, power_of_two
 from kvell.kernels.triton.products import product
 
@@ -21,29 +21,32 @@ BLOCKS = 8
 def pick(query: Tensor, weights: Tensor, keys: Tensor, visible: Tensor, top_k: int) -> Tensor:
     if power_of_two(query.shape[2]) * query.dtype.itemsize > WIDEST:
         return pick_blocked(query, weights, keys, visible, top_k)
-    picks = query.new_full((len(query), min(top_k, len(keys))), -1, dtype=torch.long)
+    count, most = query.shape[0], min(top_k, keys.shape[0])
+    if count <= FEW and most:
+        # Decoded tokens, which see nearly all there is. What is not seen is ranked last.
+        best = top_k_of_ranked(masked_scores(query, weights, keys, visible, ranks=True), most)
+        return torch.where(best < visible[:, None], best, -1)
+    picks = query.new_full((count, most), -1, dtype=torch.long)
     size = max(SCORES // max(len(keys), 1), 1)
     for start in range(0, len(query), size):
         block = slice(start, min(start + size, len(query)))
         seen = visible[block]
-        few = len(seen) <= FEW
-        # Later queries see more: what the last ones see is all that any does, but nothing promises it. Few queries,
-        # decoded tokens, see nearly all there is.
-        most = len(keys) if few else int(seen.max())
+        # Later queries see more: what the last ones see is all that any does, but nothing promises it.
+        most = int(seen.max())
         if most == 0:
             continue
-        choose = top_k_ascending_unasked if few else top_k_ascending
-        best = choose(masked_scores(query[block], weights[block], keys[:most], seen), min(top_k, most))
+        best = top_k_ascending(masked_scores(query[block], weights[block], keys[:most], seen), min(top_k, most))
         picks[block, : best.shape[1]] = torch.where(best < seen[:, None], best, -1)
     return picks
 
 
-def masked_scores(query: Tensor, weights: Tensor, keys: Tensor, visible: Tensor) -> Tensor:
-    """Every query's score of every entry, (n, E) in fp32; minus infinity for those that it does not see."""
+def masked_scores(query: Tensor, weights: Tensor, keys: Tensor, visible: Tensor, *, ranks: bool = False) -> Tensor:
+    """Every query's score of every entry, (n, E) in fp32; minus infinity for those that it does not see. Or with
+    `ranks` what kernels/top_k.py's `ranked` makes of them."""
     count, heads, width = query.shape
     query, weights, visible = query.contiguous(), weights.float().contiguous(), visible.contiguous()
     keys = keys if keys.stride(1) == 1 else keys.contiguous()
-    scores = torch.empty(count, len(keys), dtype=torch.float32, device=query.device)
+    scores = torch.empty(count, len(keys), dtype=torch.int64 if ranks else torch.float32, device=query.device)
     filled = power_of_two(heads)
     # As many queries as make a block of rows, no more than there are, and rows for at least one product.
     rows, block = (ROWS, ENTRIES) if query.dtype.itemsize == 2 else (ROWS // 4, ENTRIES // 2)
@@ -51,7 +54,7 @@ def masked_scores(query: Tensor, weights: Tensor, keys: Tensor, visible: Tensor)
     with on_device_of(query):
         _scores[blocks(count, queries), blocks(len(keys), block * BLOCKS)](
             *(query, weights, keys, visible, scores, count, heads, width, len(keys), keys.stride(0)),
-            *(queries, filled, power_of_two(width, 16), block, BLOCKS),
+            *(queries, filled, power_of_two(width, 16), block, BLOCKS, ranks),
         )
     return scores
 
@@ -73,6 +76,7 @@ def _scores(
     WIDTH: tl.constexpr,
     ENTRIES: tl.constexpr,
     BLOCKS: tl.constexpr,
+    RANKS: tl.constexpr,
 ):
     row = tl.arange(0, QUERIES * HEADS)
     query, head = tl.program_id(0) * QUERIES + row // HEADS, row % HEADS
@@ -92,8 +96,13 @@ def _scores(
         )
         relevant = tl.maximum(product(q, tl.trans(key)), 0.0) * weights[:, None]
         score = tl.sum(tl.reshape(relevant, [QUERIES, HEADS, ENTRIES]), 1)
+        score = tl.where(entry[None, :] < sees[:, None], score, float("-inf"))
+        if RANKS:
+            bits = (score + 0.0).to(tl.int32, bitcast=True)
+            bits = bits ^ ((bits >> 31) & 0x7FFFFFFF)
+            score = (bits.to(tl.int64) << 32) + (entries - 1 - entry)[None, :]
         tl.store(
             scores + one[:, None].to(tl.int64) * entries + entry[None, :],
-            tl.where(entry[None, :] < sees[:, None], score, float("-inf")),
+            score,
             (one < queries)[:, None] & exists[None, :],
         )
