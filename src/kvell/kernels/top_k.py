@@ -29,11 +29,11 @@ def top_k_ascending(scores: Float[Tensor, "R N"], k: int) -> Int[Tensor, "R k"]:
 
 
 def ranked(scores: Float[Tensor, "R N"]) -> Int[Tensor, "R N"]:
-    """Whole numbers of 64 bits in the order of the choice, no two of a row equal: in the upper half a score of fp32 as
-    a number of the same order, in the lower one its place, counted from the end.
+    """Whole numbers of 64 bits in the order of the choice, no two of a row equal: in the upper half a score of fp32
+    as a number of the same order, in the lower one its place, counted from the end.
 
-    With these a device chooses without being asked whether anything is tied, for which the host would wait: on an H200
-    in less than half the time for one row of 262,144, in half as long again for 128 rows. Triton's scores come so.
+    With these a device chooses without being asked whether anything is tied, for which the host would wait: on an
+    H200 in less than half the time for one row of 262,144, in half as long again for 128. Triton's scores come so.
     """
     places = torch.arange(scores.shape[1], device=scores.device)
     # -0.0 + 0.0 is 0.0. Of a negative number's bits a larger number's are smaller: all but the sign are turned over.
