@@ -10,6 +10,7 @@ its goals open; the others run.
 
 import argparse
 import statistics
+import sys
 import tempfile
 from collections.abc import Callable, Mapping
 from functools import cache
@@ -149,13 +150,21 @@ def measure_prompt(model: kvell.Decoder, length: int) -> Figures:
         torch.cuda.synchronize()
         found[what] = perf_counter() - start
         found["peak bytes"] = float(torch.cuda.max_memory_allocated())
-    return found | {"decode": waited_for(lambda: model(ids[:, -1:], cache=kept, last_only=True))}
+    return found | decoded(model, kept, ids[:, -1:])
+
+
+def decoded(model: kvell.Decoder, kept: kvell.Cache, token: Tensor) -> Figures:
+    """A decoded token by recorded graphs, and operator by operator, which `kernels.use` asks for."""
+    found = {"decode": waited_for(lambda: model(token, cache=kept, last_only=True))}
+    with kernels.use("triton"):
+        found["decode without graphs"] = waited_for(lambda: model(token, cache=kept, last_only=True))
+    return found
 
 
 @torch.inference_mode()
 def measure_decoding(model: kvell.Decoder, length: int) -> Figures:
     kept, ids = filled_cache(model, length), sequence(0, 1, model.config.vocab_size).cuda()
-    return {"decode": waited_for(lambda: model(ids, cache=kept, last_only=True))}
+    return decoded(model, kept, ids)
 
 
 def filled_cache(model: kvell.Decoder, length: int) -> kvell.Cache:
@@ -253,9 +262,11 @@ def section_of(device: str, parts: Mapping[str, Callable[[], Figures]]) -> Secti
     for part, run_it in parts.items():
         try:
             found[part] = run_it()
+            print(f"{part}: {found[part]}", file=sys.stderr, flush=True)
         except Exception as error:
             said = str(error).strip().splitlines()
             failed[part] = f"{type(error).__name__}: {said[0][:200]}" if said else type(error).__name__
+            print(f"{part} failed: {failed[part]}", file=sys.stderr, flush=True)
         torch.cuda.empty_cache()
     rows = [
         [
@@ -281,19 +292,19 @@ def run() -> Section:
         )
     with tempfile.TemporaryDirectory() as name:
         folder = cache(lambda: write_small("deepseek_v4", Path(name), **LARGE))
-        model = cache(lambda: kvell.from_pretrained(folder(), dtype=torch.bfloat16, device="cuda"))
+        model = cache(lambda: kvell.from_pretrained(folder(), dtype=torch.bfloat16, device="cuda").compile_decoding())
         parts: dict[str, Callable[[], Figures]] = {
             COPYING: measure_copying,
             PRODUCTS: measure_products,
             CONNECTION: lambda: measure_connection("fast"),
-            REFERENCE: lambda: measure_connection("reference"),
-            COMPILED: lambda: measure_connection("reference", compiled=True),
-            PLAIN_STEP: lambda: measure_training("plain"),
-            HYPER_STEP: lambda: measure_training("hyper-connections"),
             KVELL: lambda: measure_prompt(model(), BESIDE_TRANSFORMERS),
             f"kvell at {PREFILLED}": lambda: measure_prompt(model(), PREFILLED),
             f"kvell at {DECODED_AT}, from a cache of random rows": lambda: measure_decoding(model(), DECODED_AT),
             TRANSFORMERS: lambda: measure_transformers(folder(), BESIDE_TRANSFORMERS),
+            PLAIN_STEP: lambda: measure_training("plain"),
+            HYPER_STEP: lambda: measure_training("hyper-connections"),
+            REFERENCE: lambda: measure_connection("reference"),
+            COMPILED: lambda: measure_connection("reference", compiled=True),
         }
         return section_of(torch.cuda.get_device_name(), parts)
 

@@ -114,21 +114,27 @@ def test_hyper_connections(
 
 @needs_triton
 @pytest.mark.parametrize("dtype", [FLOAT, BFLOAT])
+@pytest.mark.parametrize(("tokens", "channels"), [(70, 300), (128, 64)])
 def test_hyper_connections_read_many_tokens_in_larger_blocks(
-    dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+    tokens: int, channels: int, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     from kvell.kernels.triton import hyper_connections as in_triton
 
     monkeypatch.setattr(in_triton, "MANY", 60)
-    h, weight, base, scale = randn(70, 2, 300, dtype=dtype), randn(8, 600) * 600**-0.5, randn(8), randn(3)
+    h, weight = randn(tokens, 2, channels, dtype=dtype), randn(8, 2 * channels) * (2 * channels) ** -0.5
+    base, scale = randn(8), randn(3)
     ours, theirs = in_both(hyper_read, h, weight, base, scale, iterations=1, eps=1e-6, norm_eps=1e-6)
     assert_alike(ours, theirs, tolerance_of(dtype))
     assert_alike(ours[1:3], theirs[1:3], 1e-4)  # post and mix are fp32, whatever the streams are
 
 
 @needs_triton
-def test_streams_in_bf16_meet_every_bit_of_the_weights() -> None:
+@pytest.mark.parametrize("many", [20, 60])
+def test_streams_in_bf16_meet_every_bit_of_the_weights(many: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """Of streams that are zero but for one channel, the numbers are that channel's weights, times a root."""
+    from kvell.kernels.triton import hyper_connections as in_triton
+
+    monkeypatch.setattr(in_triton, "MANY", many)
     streams, channels = 2, 20
     h = torch.zeros(40, streams * channels, dtype=BFLOAT, device=DEVICE)
     h[torch.arange(40), torch.arange(40)] = 1.0

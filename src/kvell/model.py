@@ -35,7 +35,7 @@ if TYPE_CHECKING:
 
 # What a step computes for its tokens takes memory: a long prompt goes through in steps of so many tokens. An
 # accelerator has more of both, memory and units to be kept busy.
-MAX_STEP, MAX_STEP_ON_ACCELERATOR = 1024, 4096
+MAX_STEP, MAX_STEP_ON_ACCELERATOR = 1024, 16384
 
 
 class Decoder(nn.Module):

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from kvell.model import Decoder
 
 CONTEXTS = (1024, 4096)
-WARM_UP, PIECE = 16, 2048
+WARM_UP = 16
 
 
 @dataclass(frozen=True)
@@ -109,6 +109,10 @@ def measure(
     """Rising contexts, so that each one's peak is its own. What touches every weight first does not count."""
     import torch
 
+    from kvell.generation.generate import PREFILL_CHUNK, PREFILL_CHUNK_ON_ACCELERATOR
+
+    on_device = decoder.device.type == "cuda"
+    chunk = PREFILL_CHUNK_ON_ACCELERATOR if on_device else PREFILL_CHUNK
     generator = torch.Generator().manual_seed(0)
     ids = torch.randint(decoder.config.vocab_size, (1, contexts[-1] + new_tokens), generator=generator)
     ids = ids.to(decoder.device)
@@ -123,7 +127,7 @@ def measure(
             for _ in range(repeats):
                 cache = decoder.make_cache()
                 start = perf_counter()
-                for piece in ids[:, :context].split(PIECE, dim=1):
+                for piece in ids[:, :context].split(chunk, dim=1):
                     logits = decoder(piece, cache=cache, last_only=True)
                     on_tokens(done + cache.lengths[0])
                 logits.argmax().item()
@@ -134,7 +138,6 @@ def measure(
                     decoder(ids[:, place : place + 1], cache=cache, last_only=True).argmax().item()
                     steps.append(perf_counter() - start)
             first, step = median(firsts), median(steps)
-            on_device = decoder.device.type == "cuda"
             found.append(
                 Measurement(
                     context=context,

@@ -2,7 +2,8 @@
 
 Reading is two kernels: `_project` multiplies blocks of tokens with the weights, in slices of the flattened streams
 where there are few tokens, and adds up their squares in the same pass (the norm is a factor, applied afterwards).
-Streams in bf16 meet the weights as three bf16 numbers each, which hold all of their bits. `_read` joins the slices,
+Streams in bf16 meet the weights as three bf16 numbers each, which hold all of their bits: where there are many tokens
+`_split` takes the weights apart beforehand, and `_project_parts` multiplies. `_read` joins the slices,
 makes the coefficients with Sinkhorn in registers, and collapses the streams. The backward keeps the M numbers and the
 root of every token (100 bytes for 4 streams) and makes everything else again.
 """
@@ -19,10 +20,11 @@ from kvell.kernels.triton.hyper_connections_backward import read_backward
 from kvell.kernels.triton.launch import blocks, on_device_of, power_of_two
 from kvell.kernels.triton.products import product_added
 
-# Tokens per product: the least that a matrix unit takes, and where there are many, so that weights are read and split
-# less often, 64. Channels per block.
+# Tokens per product, the least that a matrix unit takes, and channels per block. Where there are many tokens more of
+# them meet a block of weights, which is then read less often: so many in fp32, and of bf16 as an H200 was fastest.
 TOKENS, TOKENS_OF_MANY, CHANNELS = 16, 64, 128
-MANY = 512  # tokens from which blocks of 64 tokens, in slices, are programs enough
+TOKENS_OF_PARTS, CHANNELS_OF_PARTS = 128, 64
+MANY = 512  # tokens from which such blocks, in slices, are programs enough
 # Products of bf16 numbers that a matrix unit adds up in one go. It cuts off the sum's last bits at each step: on an
 # H200 the numbers, of size 1, were off by 5e-5 after 4,096, by 2e-4 after 16,384 (fp32 products: 2e-6). Either is far
 # below what rounding the streams to bf16 costs, 4e-3 of each.
@@ -57,7 +59,8 @@ class _Read(torch.autograd.Function):
         tokens, streams, channels = h.shape
         width, count = streams * channels, len(weight)
         split = h.dtype == torch.bfloat16
-        block = TOKENS if tokens < MANY else TOKENS_OF_MANY
+        parts = split and tokens >= MANY
+        block = TOKENS if tokens < MANY else TOKENS_OF_PARTS if parts else TOKENS_OF_MANY
         least = blocks(width, LONGEST_SUM) if split else 1
         slices = max(least, min(PROGRAMS // max(blocks(tokens, block), 1), blocks(width, 4 * CHANNELS)))
         partial, squares = weight.new_empty(slices, tokens, count), weight.new_empty(slices, tokens)
@@ -67,10 +70,17 @@ class _Read(torch.autograd.Function):
         steps = 0 if iterations is None else iterations
         if tokens:
             with on_device_of(h):
-                _project[(blocks(tokens, block), slices)](
-                    *(h, weight, partial, squares, tokens, width, count),
-                    *(split, block, CHANNELS, power_of_two(count, 16)),
-                )
+                grid, filled = (blocks(tokens, block), slices), power_of_two(count, 16)
+                if parts:
+                    taken_apart = h.new_empty(3, filled, width)
+                    _split[(blocks(width, CHANNELS),)](weight, taken_apart, width, count, CHANNELS, filled)
+                    _project_parts[grid](
+                        *(h, taken_apart, partial, squares, tokens, width, count),
+                        *(tokens % block == 0 and width % CHANNELS_OF_PARTS == 0, block, CHANNELS_OF_PARTS, filled),
+                        num_stages=4,
+                    )
+                else:
+                    _project[grid](h, weight, partial, squares, tokens, width, count, split, block, CHANNELS, filled)
                 _read[(tokens,)](
                     *(h, partial, squares, base, scale, x, post, mix, numbers, roots),
                     *(tokens, channels, slices, steps, eps, norm_eps),
@@ -119,6 +129,78 @@ class _Write(torch.autograd.Function):
 
 
 @triton.jit
+def _taken_apart(numbers):
+    """8 bits of a number in each of three. Whoever adds up products with them begins with the smallest."""
+    high = numbers.to(tl.bfloat16)
+    left = numbers - high.to(tl.float32)
+    middle = left.to(tl.bfloat16)
+    return high, middle, (left - middle.to(tl.float32)).to(tl.bfloat16)
+
+
+@triton.jit
+def _split(weight, parts, width, count, CHANNELS: tl.constexpr, NUMBERS: tl.constexpr):
+    """The weights' three parts (3, NUMBERS, width), zeros behind the last number."""
+    number = tl.arange(0, NUMBERS)[:, None]
+    channel = (tl.program_id(0) * CHANNELS + tl.arange(0, CHANNELS))[None, :]
+    inside = channel < width
+    at = number * width + channel
+    high, middle, low = _taken_apart(tl.load(weight + at, (number < count) & inside, 0.0))
+    tl.store(parts + at, high, inside)
+    tl.store(parts + NUMBERS * width + at, middle, inside)
+    tl.store(parts + 2 * NUMBERS * width + at, low, inside)
+
+
+@triton.jit
+def _project_parts(
+    h,
+    parts,
+    partial,
+    squares,
+    tokens,
+    width,
+    count,
+    EVEN: tl.constexpr,
+    TOKENS: tl.constexpr,
+    CHANNELS: tl.constexpr,
+    NUMBERS: tl.constexpr,
+):
+    """What `_project` computes, by weights taken apart; EVEN where blocks leave no rest."""
+    token = (tl.program_id(0) * TOKENS + tl.arange(0, TOKENS)).to(tl.int64)
+    number = tl.arange(0, NUMBERS)
+    share = tl.cdiv(tl.cdiv(width, CHANNELS), tl.num_programs(1)) * CHANNELS
+    first = tl.program_id(1) * share
+    products = tl.zeros([TOKENS, NUMBERS], tl.float32)
+    square = tl.zeros([TOKENS], tl.float32)
+    for start in range(first, tl.minimum(first + share, width), CHANNELS):
+        channel = start + tl.arange(0, CHANNELS)
+        own = h + token[:, None] * width + channel[None, :]
+        at = number[None, :] * width + channel[:, None]
+        if EVEN:
+            rows = tl.load(own)
+            high = tl.load(parts + at)
+            middle = tl.load(parts + NUMBERS * width + at)
+            low = tl.load(parts + 2 * NUMBERS * width + at)
+        else:
+            inside = channel < width
+            rows = tl.load(own, (token < tokens)[:, None] & inside[None, :], 0.0)
+            high = tl.load(parts + at, inside[:, None], 0.0)
+            middle = tl.load(parts + NUMBERS * width + at, inside[:, None], 0.0)
+            low = tl.load(parts + 2 * NUMBERS * width + at, inside[:, None], 0.0)
+        products = product_added(rows, low, products)
+        products = product_added(rows, middle, products)
+        products = product_added(rows, high, products)
+        wide = rows.to(tl.float32)
+        square += tl.sum(wide * wide, 1)
+    at = tl.program_id(1).to(tl.int64) * tokens + token
+    tl.store(squares + at, square, token < tokens)
+    tl.store(
+        partial + at[:, None] * count + number[None, :],
+        products,
+        (token < tokens)[:, None] & (number < count)[None, :],
+    )
+
+
+@triton.jit
 def _project(
     h,
     weight,
@@ -150,11 +232,7 @@ def _project(
             weight + number[None, :] * width + channel[:, None], (number < count)[None, :] & inside[:, None], 0.0
         )
         if SPLIT:
-            # 8 bits of a weight in each: the smallest numbers are added first.
-            high = columns.to(tl.bfloat16)
-            left = columns - high.to(tl.float32)
-            middle = left.to(tl.bfloat16)
-            low = (left - middle.to(tl.float32)).to(tl.bfloat16)
+            high, middle, low = _taken_apart(columns)
             products = product_added(rows, low, products)
             products = product_added(rows, middle, products)
             products = product_added(rows, high, products)
