@@ -221,6 +221,11 @@ def test_what_cannot_be_compiled_is_refused_in_words(tmp_path: Path, monkeypatch
     file.write_text("")
     with pytest.raises(InputError, match=r"cannot be kept in .*file/below: Not a directory"):
         model.compile_decoding(folder=file / "below")
+    model.compile_decoding(folder=tmp_path)
+    (code,) = tmp_path.glob("*.pt2")
+    code.write_bytes(b"")
+    with pytest.raises(InputError, match=rf"compiled code in {code} cannot be read: delete it"):
+        model.compile_decoding(folder=tmp_path)
     with (
         torch.device("meta"),
         pytest.raises(InputError, match="recorded on CUDA devices, not on meta"),

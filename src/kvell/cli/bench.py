@@ -81,7 +81,8 @@ def bench(
     }
     if compiled:
         start = perf_counter()
-        decoder.compile_decoding()
+        with console.waiting("compiling the decoding step"):
+            decoder.compile_decoding()
         report["compile_seconds"] = perf_counter() - start
     with console.progress("tokens", repeats * sum(contexts)) as on_tokens:
         measurements = measure(decoder, contexts, new_tokens, repeats, on_tokens)

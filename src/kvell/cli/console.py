@@ -3,9 +3,9 @@
 import os
 import sys
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from time import monotonic
-from typing import TYPE_CHECKING, TextIO
+from typing import TYPE_CHECKING, Any, TextIO
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -48,6 +48,11 @@ def drop_stdout() -> None:
     """Gives up on stdout, whose reader has gone (`kvell ... | head`) or whose disk is full."""
     # The interpreter flushes stdout once more on its way out, which must not fail again.
     os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
+def waiting(description: str) -> AbstractContextManager[Any]:
+    """Says on stderr, where that is a terminal, what takes its time while nothing else can be said of it."""
+    return stderr().status(description) if sys.stderr.isatty() else nullcontext()
 
 
 @contextmanager

@@ -105,7 +105,8 @@ def generate(
         directory, dtype=torch_dtype, device=torch_device, released_rounding=released_rounding
     )
     if compiled:
-        decoder.compile_decoding()
+        with console.waiting("compiling the decoding step"):
+            decoder.compile_decoding()
     cache = decoder.make_cache(max_rewind=speculation.max_drafts)
     with console.progress("prompt", len(prompt_ids)) as on_prefill:
         started = perf_counter()

@@ -135,7 +135,10 @@ def machine_code(
     file = folder / f"{_digest(program)}.pt2"
     if not file.exists():
         _compile(program, file)
-    code: Any = torch._inductor.aoti_load_package(str(file), run_single_threaded=True)
+    try:
+        code: Any = torch._inductor.aoti_load_package(str(file), run_single_threaded=True)
+    except RuntimeError:
+        raise InputError(f"compiled code in {file} cannot be read: delete it, and it is made anew") from None
     used = {name: weights[name].detach() for name in code.get_constant_fqns()}
     code.load_constants(used, check_full_update=True, user_managed=True)
     return code.loader.run, used
