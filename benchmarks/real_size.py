@@ -71,6 +71,7 @@ def measure_side(side: str, folder: Path, threads: int) -> dict[str, Any]:
         loaded = worker.call("load", folder=str(folder))
         found: dict[str, Any] = {
             "load": loaded["seconds"],
+            "compile": loaded["compile_seconds"],
             "resident_bytes": loaded["resident_bytes"],
             "logits": worker.call("logits", prompt=16, decoded=1)[0],
             "prefill": {},
@@ -98,6 +99,7 @@ def measure(folder: Path, sides: Sequence[str], rounds: int, threads: int) -> di
     for side, measured in turns.items():
         found["sides"][side] = {
             "load": median(turn["load"] for turn in measured),
+            "compile": [turn["compile"] for turn in measured],
             "peak_bytes": max(turn["peak_bytes"] for turn in measured),
             "cache_bytes": measured[0]["cache_bytes"],
             "decode": median(second for turn in measured for second in turn["decode"]),
@@ -201,7 +203,9 @@ def run(
     notes = [
         f"Weights read for a token: {work['weight_bytes'] / 1e9:.2f} GB. Read bandwidth: "
         f"{found['bandwidth'] / 1e9:.1f} GB/s; fp32 matrix product: {found['matmul_peak'] / 1e9:.0f} GFLOP/s. The "
-        f"sides' logits have a cosine of {found['cosine']:.4f}."
+        f"sides' logits have a cosine of {found['cosine']:.4f}. Kvell's decoding step was compiled in "
+        f"{' and '.join(seconds(taken) for taken in found['sides']['kvell']['compile'])}, in the first turn from "
+        "nothing unless an earlier run had left it."
     ]
     figures = found | {"work": work, "llama.cpp": llama, "model": model, "layers": layers}
     return Section(title, [table_of(found, work, llama)], goals, figures, notes)
