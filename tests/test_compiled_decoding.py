@@ -221,6 +221,9 @@ def test_what_cannot_be_compiled_is_refused_in_words(tmp_path: Path, monkeypatch
     file.write_text("")
     with pytest.raises(InputError, match=r"cannot be kept in .*file/below: Not a directory"):
         model.compile_decoding(folder=file / "below")
+    with pytest.raises(InputError, match="compiled code cannot be kept in /proc: No such file or directory"):
+        model.compile_decoding(folder="/proc")
+    assert main(["generate", "--prompt", "x", "--compile", "--speculate", "mtp"]) == 1
     model.compile_decoding(folder=tmp_path)
     (code,) = tmp_path.glob("*.pt2")
     code.write_bytes(b"")
@@ -252,3 +255,61 @@ def test_generate_says_the_same_compiled(
         said.append(capsys.readouterr().out)
     assert said[0] == said[1] != ""
     assert [file.suffix for file in (tmp_path / "kvell").iterdir()] == [".pt2"]
+
+
+def test_code_knows_how_weights_lie(folder: Path) -> None:
+    """One whose rows are columns in memory is another step than one as it should be, in either order."""
+    turned, straight = random_model(MIXED), random_model(MIXED)
+    projection = turned.layers[0].attention.q_proj
+    projection.weight = torch.nn.Parameter(projection.weight.detach().T.contiguous().T)
+    token = draw_tokens(1, 1)
+    for model in (turned, straight):
+        model.compile_decoding(folder=folder)
+        with torch.no_grad():
+            assert_same(model(token, cache=model.make_cache()), model(token))
+
+
+@pytest.mark.parametrize("change", ["inner load", "data", "replaced", "moved"])
+def test_weights_that_are_put_elsewhere_end_it(change: str, folder: Path, runs: list[int]) -> None:
+    model = random_model(MIXED).compile_decoding(folder=folder)
+    weight = model.layers[0].attention.q_proj.weight
+    if change == "inner load":
+        state = {name: 2 * value for name, value in model.layers[0].state_dict().items()}
+        model.layers[0].load_state_dict(state, assign=True)
+    elif change == "data":
+        weight.data = 2 * weight.data
+    elif change == "replaced":
+        model.layers[0].attention.q_proj.weight = torch.nn.Parameter(2 * weight.detach())
+    else:
+        model.double()
+    token = draw_tokens(1, 1)
+    with torch.no_grad():
+        assert_same(model(token, cache=model.make_cache()), model(token))
+    assert runs == []
+    model.compile_decoding(folder=folder)
+    with torch.no_grad():
+        assert_same(model(token, cache=model.make_cache()), model(token))
+    assert runs == [1]
+
+
+def test_a_weight_shared_by_two_layers_can_be_compiled(folder: Path) -> None:
+    model = random_model(MIXED)
+    model.layers[1].attention.o_proj.weight = model.layers[0].attention.o_proj.weight
+    model.compile_decoding(folder=folder)
+    token = draw_tokens(1, 1)
+    with torch.no_grad():
+        assert_same(model(token, cache=model.make_cache()), model(token))
+
+
+def test_the_same_step_is_known_by_the_same_name_whatever_ran_before(tmp_path: Path) -> None:
+    from kvell.layers.precision import _rounded
+
+    config = MIXED.model_copy(update={"embedding_scale": 3.3})
+    model = random_model(config)
+    for _ in range(2):
+        model.compile_decoding(folder=tmp_path)
+        with torch.no_grad():
+            model(draw_tokens(1, 3))
+    _rounded.cache_clear()
+    model.compile_decoding(folder=tmp_path)
+    assert len(list(tmp_path.iterdir())) == 1

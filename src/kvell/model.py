@@ -7,7 +7,7 @@ T tokens of a step, of all its sequences end to end; C hidden size; V vocabulary
 
 import hashlib
 import operator
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, Self, overload
 
@@ -215,13 +215,15 @@ class Decoder(nn.Module):
         return hashlib.sha256(described.encode() + values.numpy().tobytes()).hexdigest()[:32]
 
     def compile_decoding(self, batch_size: int = 1, *, folder: str | Path | None = None) -> Self:
-        """Compiles the step that decodes: one token for each of `batch_size` sequences, with a cache.
+        """Makes the step that decodes, one token for each of `batch_size` sequences with a cache, several times as
+        fast: compiled to machine code on the CPU, recorded as CUDA graphs on a CUDA device.
 
-        From here on `forward` runs it whenever a call is such a step, for twice the speed of a small model or more;
-        its logits are equal to float tolerance. What was compiled is kept in `folder` (`~/.cache/kvell`, or in
-        XDG_CACHE_HOME) and found there by later processes. It stands until the weights move: after `.to()`,
-        `load_state_dict` and in copies of the model, compile again. InputError off the CPU, without a C++ compiler,
-        and where the folder cannot be written.
+        From here on `forward` runs it whenever a call is such a step and asks for logits alone (no `return_streams`);
+        compiled, its logits are equal to float tolerance, recorded, to the bit. Compiling takes up to a minute; the
+        code is kept in `folder` (`~/.cache/kvell`, or in XDG_CACHE_HOME) and found there by later processes, within
+        seconds. It sees weights that change in place, and ends where they move: after `.to()`, or when other tensors
+        take their place, call this again. Copies of the model are without it. InputError on other devices, without a
+        C++ compiler, and where the folder cannot be written.
         """
         from kvell.decoding import decoding_step
 
@@ -276,24 +278,14 @@ class Decoder(nn.Module):
         return self._logits(self.norm(self.ends.close(h)))
 
     def _compiled_for(self, step: Step) -> "DecodingStep | None":
-        """Compiled code for a step of one token per sequence with a cache, if there is any and it is to be used."""
+        """What runs a step of one token per sequence with a cache, if there is anything and it is to be used."""
         compiled = self._compiled.get(len(step.counts))
-        if (
-            compiled is None
-            or step.cache is None
-            or step.observed is not None
-            or len(step.tokens) != len(step.counts)
-        ):
+        if compiled is None or step.cache is None or step.observed is not None or chosen() != "fast":
             return None
-        return compiled if chosen() == "fast" else None
-
-    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
-        self._compiled = {}  # it knows the weights by their addresses
-        return super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
-
-    def load_state_dict(self, *arguments: Any, **settings: Any) -> Any:
-        self._compiled = {}
-        return super().load_state_dict(*arguments, **settings)
+        if compiled.weights.have_moved():
+            self._compiled = {}
+            return None
+        return compiled if len(step.tokens) == len(step.counts) else None
 
     def __getstate__(self) -> dict[str, Any]:
         return self.__dict__ | {"_compiled": {}}

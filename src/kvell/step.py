@@ -73,11 +73,8 @@ class Step:
     ) -> "Step":
         """A step that continues each sequence where its cache stands, or at 0 without one."""
         starts = [0] * len(counts) if cache is None else cache.lengths
-        if len(counts) == len(tokens):
-            positions = torch.tensor(starts, device=tokens.device)
-        else:
-            own = zip(starts, counts, strict=True)
-            positions = torch.cat([torch.arange(start, start + n, device=tokens.device) for start, n in own])
+        own = [torch.arange(start, start + n, device=tokens.device) for start, n in zip(starts, counts, strict=True)]
+        positions = own[0] if len(own) == 1 else torch.cat(own)
         return cls(tokens, counts, starts, positions, cache, sources, observed)
 
     def append(self, layer: int, name: str, rows: Shaped[Tensor, "T width"]) -> list[Shaped[Tensor, "_ width"]]:
@@ -107,8 +104,9 @@ class Step:
     ) -> Shaped[Tensor, "*shape"]:
         """`part(step, wanted or step, *tensors)`: what of a layer's work asks the cache, or whatever else grows.
 
-        Here it is a plain call. A step that is being compiled leaves it out of what is compiled (decoding.py), for
-        which the result has the `shape` stated, the first tensor's without one, and the first tensor's dtype.
+        Here it is a plain call. A step that is compiled or recorded (decoding/) leaves it out, for which the result
+        has the `shape` stated, the first tensor's without one, and the first tensor's dtype. It is a tensor of its
+        own, no view of one given or remembered: whose memory may serve for something else by then.
         """
         return part(self, wanted or self, *tensors)
 

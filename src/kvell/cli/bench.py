@@ -110,10 +110,9 @@ def measure(
     """Rising contexts, so that each one's peak is its own. What touches every weight first does not count."""
     import torch
 
-    from kvell.generation.generate import PREFILL_CHUNK, PREFILL_CHUNK_ON_ACCELERATOR
+    from kvell.generation.generate import default_prefill_chunk
 
-    on_device = decoder.device.type == "cuda"
-    chunk = PREFILL_CHUNK_ON_ACCELERATOR if on_device else PREFILL_CHUNK
+    on_device, chunk = decoder.device.type == "cuda", default_prefill_chunk(decoder.device)
     generator = torch.Generator().manual_seed(0)
     ids = torch.randint(decoder.config.vocab_size, (1, contexts[-1] + new_tokens), generator=generator)
     ids = ids.to(decoder.device)

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Protocol
 import torch
 from torch import Tensor
 
+from kvell.decoding.one_token import Weights
 from kvell.errors import InputError
 from kvell.hardware import check_compiler
 from kvell.step import Step
@@ -19,7 +20,9 @@ if TYPE_CHECKING:
 
 
 class DecodingStep(Protocol):
-    """What runs in place of a model's own forward."""
+    """What runs in place of a model's own forward, for as long as the weights lie where they are."""
+
+    weights: Weights
 
     def __call__(self, step: Step) -> Tensor:
         """Logits (B, V) of a step of one token for each of B sequences."""
@@ -30,6 +33,8 @@ def decoding_step(model: "Decoder", batch_size: int, folder: str | Path | None) 
     """A model's step of one token for each of `batch_size` sequences. InputError where there can be none."""
     check_device(model.device)
     if model.device.type == "cuda":
+        if folder is not None:
+            raise InputError("nothing is kept in a folder on a CUDA device: decoding is recorded there, in a moment")
         from kvell.decoding.recorded import RecordedStep
 
         return RecordedStep(model, batch_size)

@@ -28,14 +28,14 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
+from torch._inductor.exc import CppCompileError
 
+from kvell.decoding.one_token import AskingTheCache, OneTokenStep, Weights
 from kvell.errors import InputError
-from kvell.step import Left, Step
+from kvell.step import Step
 
 if TYPE_CHECKING:
     from kvell.model import Decoder
-
-Part = Callable[..., Tensor]
 
 _library = torch.library.Library("kvell", "FRAGMENT")
 _library.define("apart(Tensor?[] tensors, int part, SymInt[] shape) -> Tensor")
@@ -62,16 +62,19 @@ _library.impl("apart", _call_back, "CPU")
 torch.library.register_fake("kvell::apart", _shaped, lib=_library)
 
 
-class _TracedStep(Step):
+class _TracedStep(OneTokenStep):
     """A step without values, that notes what it leaves out."""
 
-    def __init__(self, tokens: Tensor, positions: Tensor, sources: frozenset[Left]) -> None:
-        # No starts: a layer that looked at them would have them compiled in.
-        super().__init__(tokens, [1] * len(tokens), [], positions, sources=sources)
-        self.parts: list[Part] = []
+    def __init__(self, model: "Decoder", tokens: Tensor, positions: Tensor) -> None:
+        super().__init__(model, tokens, positions)
+        self.parts: list[AskingTheCache] = []
 
     def apart(
-        self, part: Part, *tensors: Tensor | None, wanted: Step | None = None, shape: Sequence[int] | None = None
+        self,
+        part: AskingTheCache,
+        *tensors: Tensor | None,
+        wanted: Step | None = None,
+        shape: Sequence[int] | None = None,
     ) -> Tensor:
         assert wanted is None
         assert tensors[0] is not None
@@ -83,13 +86,13 @@ class _TracedStep(Step):
 class _OneToken(nn.Module):
     """What is traced."""
 
-    def __init__(self, model: "Decoder", keep_parts: Callable[[list[Part]], None]) -> None:
+    def __init__(self, model: "Decoder", keep_parts: Callable[[list[AskingTheCache]], None]) -> None:
         super().__init__()
         # Tracing forgets what it changes of a module: the parts are kept elsewhere.
         self.model, self.keep_parts = model, keep_parts
 
     def forward(self, tokens: Tensor, positions: Tensor) -> Tensor:
-        step = _TracedStep(tokens, positions, self.model.config.reads())
+        step = _TracedStep(self.model, tokens, positions)
         logits = self.model.logits_of(step)
         self.keep_parts(step.parts)
         return logits
@@ -100,14 +103,17 @@ class CompiledStep:
 
     def __init__(self, model: "Decoder", batch_size: int, folder: Path) -> None:
         """InputError where nothing can be compiled."""
+        self.weights = Weights(model)
         traced = _OneToken(model, self._keep)
-        tokens, positions = torch.zeros(2, batch_size, dtype=torch.long)
+        tokens, positions = torch.zeros(2, batch_size, dtype=torch.long, device="cpu")
         with torch.no_grad():
             program = torch.export.export(traced, (tokens, positions), strict=False)
-        weights = dict(program.constants) | dict(traced.named_parameters()) | dict(traced.named_buffers())
-        self.run, self.weights = machine_code(program, weights, folder)
+        given = dict(program.constants)
+        given |= dict(traced.named_parameters(remove_duplicate=False))
+        given |= dict(traced.named_buffers(remove_duplicate=False))
+        self.run, self.used = machine_code(program, given, folder)
 
-    def _keep(self, parts: list[Part]) -> None:
+    def _keep(self, parts: list[AskingTheCache]) -> None:
         self.parts = parts
 
     def __call__(self, step: Step) -> Tensor:
@@ -132,42 +138,56 @@ def machine_code(
 ) -> tuple[Callable[[list[Tensor]], list[Tensor]], dict[str, Tensor]]:
     """The traced step as a function of its inputs, found in the folder or compiled there, and those of the weights
     that it uses, which it knows by their addresses: they must be held for as long as it is."""
-    file = folder / f"{_digest(program)}.pt2"
-    if not file.exists():
-        _compile(program, file)
-    try:
-        code: Any = torch._inductor.aoti_load_package(str(file), run_single_threaded=True)
-    except RuntimeError:
-        raise InputError(f"compiled code in {file} cannot be read: delete it, and it is made anew") from None
-    used = {name: weights[name].detach() for name in code.get_constant_fqns()}
-    code.load_constants(used, check_full_update=True, user_managed=True)
-    return code.loader.run, used
-
-
-def _digest(program: torch.export.ExportedProgram) -> str:
-    """Of everything that the machine code depends on."""
-    said = [str(program), torch.__version__, platform.machine(), torch.backends.cpu.get_cpu_capability()]
-    said.append(str(torch.get_num_threads()))
-    # Small constants become part of the code.
-    said += [f"{name} {value.tolist()}" for name, value in program.constants.items() if isinstance(value, Tensor)]
-    return hashlib.sha256("\n".join(said).encode()).hexdigest()[:32]
-
-
-def _compile(program: torch.export.ExportedProgram, file: Path) -> None:
-    """Aside first, so that whoever finds the file finds all of it."""
-    try:
-        file.parent.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise InputError(f"compiled code cannot be kept in {file.parent}: {error.strerror}") from None
     settings = {
         "aot_inductor.package_constants_in_so": False,
         "aot_inductor.compile_wrapper_opt_level": "O1",
         # Else short weights would be written into the code.
         "always_keep_tensor_constants": True,
     }
+    file = folder / f"{_digest(program, weights, settings)}.pt2"
+    try:
+        if not file.exists():
+            _compile(program, file, settings)
+        code: Any = torch._inductor.aoti_load_package(str(file), run_single_threaded=True)
+    except OSError as error:
+        raise InputError(f"compiled code cannot be kept in {folder}: {error.strerror}") from None
+    except CppCompileError as error:
+        raise InputError(f"compile: the C++ compiler failed: {str(error).strip().splitlines()[-1]}") from None
+    except RuntimeError:
+        if not file.exists():
+            raise
+        raise InputError(f"compiled code in {file} cannot be read: delete it, and it is made anew") from None
+    used = {name: weights[name].detach() for name in code.get_constant_fqns()}
+    code.load_constants(used, check_full_update=True, user_managed=True)
+    return code.loader.run, used
+
+
+def _digest(program: torch.export.ExportedProgram, weights: Mapping[str, Any], settings: Mapping[str, Any]) -> str:
+    """Of everything that the machine code depends on."""
+    # Without comments, which say where in which file of this machine an operation comes from.
+    said = [line for line in str(program).splitlines() if not line.lstrip().startswith("#")]
+    said += [f"{name} {tuple(w.shape)} {w.stride()} {w.dtype}" for name, w in sorted(weights.items())]
+    said += [torch.__version__, _processor(), str(torch.get_num_threads()), str(settings)]
+    return hashlib.sha256("\n".join(said).encode()).hexdigest()[:32]
+
+
+def _processor() -> str:
+    """The code may use every instruction that this processor has."""
+    known = Path("/proc/cpuinfo")
+    if not known.is_file():
+        return f"{platform.machine()} {platform.processor()} {torch.backends.cpu.get_cpu_capability()}"
+    lines = known.read_text().splitlines()
+    return platform.machine() + "".join(
+        next((line for line in lines if line.startswith(field)), "") for field in ("model name", "flags", "Features")
+    )
+
+
+def _compile(program: torch.export.ExportedProgram, file: Path, settings: Mapping[str, Any]) -> None:
+    """Aside first, so that whoever finds the file finds all of it."""
+    file.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=file.parent) as aside, warnings.catch_warnings():
         warnings.simplefilter("ignore", FutureWarning)  # torch's, of its own code
         made = torch._inductor.aoti_compile_and_package(
-            program, package_path=str(Path(aside) / file.name), inductor_configs=settings
+            program, package_path=str(Path(aside) / file.name), inductor_configs=dict(settings)
         )
         os.replace(made, file)

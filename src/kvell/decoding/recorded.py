@@ -7,44 +7,48 @@ What asks the cache (Step.apart) launches other kernels for every length, so it 
     graph 0 -> part 0 -> graph 1 -> part 1 -> ... -> graph n
 
 A part reads the tensors that the graph before it has written, and its result is copied to where the next one reads.
-The kernels are those that run without graphs, so the logits are the same.
+The kernels are those that run without graphs, so the logits are the same. (Only experts of large batches that torch's
+grouped product does not take, as in fp32, run in another way.)
 """
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
+from threading import Lock
 from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from torch import Tensor
 
-from kvell.step import Left, Step
+from kvell.decoding.one_token import AskingTheCache, OneTokenStep, Weights
+from kvell.step import Step
 
 if TYPE_CHECKING:
     from kvell.model import Decoder
-
-Part = Callable[..., Tensor]
 
 
 class _Apart(NamedTuple):
     """A part, the tensors that it reads, and where its result belongs."""
 
-    part: Part
+    part: AskingTheCache
     tensors: tuple[Tensor | None, ...]
     result: Tensor
 
 
-class _Recorder(Step):
+class _Recorder(OneTokenStep):
     """A step whose parts do not run: at each of them one graph ends and the next begins."""
 
     def __init__(
-        self, tokens: Tensor, positions: Tensor, sources: frozenset[Left], between: Callable[[_Apart], None]
+        self, model: "Decoder", tokens: Tensor, positions: Tensor, between: Callable[[_Apart], None]
     ) -> None:
-        # No starts: a layer that looked at them would have them recorded.
-        super().__init__(tokens, [1] * len(tokens), [], positions, sources=sources)
+        super().__init__(model, tokens, positions)
         self.between = between
 
     def apart(
-        self, part: Part, *tensors: Tensor | None, wanted: Step | None = None, shape: Sequence[int] | None = None
+        self,
+        part: AskingTheCache,
+        *tensors: Tensor | None,
+        wanted: Step | None = None,
+        shape: Sequence[int] | None = None,
     ) -> Tensor:
         assert wanted is None
         first = tensors[0]
@@ -55,30 +59,37 @@ class _Recorder(Step):
 
 
 class RecordedStep:
-    """A model's step of one token for each of `batch_size` sequences."""
+    """A model's step of one token for each of `batch_size` sequences. One step runs at a time: threads take turns."""
 
     def __init__(self, model: "Decoder", batch_size: int) -> None:
+        self.weights = Weights(model)
         self.graphs: list[torch.cuda.CUDAGraph] = []
         self.parts: list[_Apart] = []
-        sources = model.config.reads()
+        self.lock = Lock()
         with torch.inference_mode(False), torch.no_grad(), _side_stream(model.device):
             self.tokens, self.positions = torch.zeros(2, batch_size, dtype=torch.long, device=model.device)
             # Kernels are compiled and libraries find their workspaces before anything is recorded.
             for _ in range(2):
-                model.logits_of(_Recorder(self.tokens, self.positions, sources, lambda _: None))
+                model.logits_of(_Recorder(model, self.tokens, self.positions, lambda _: None))
             self._begin()
-            self.logits = model.logits_of(_Recorder(self.tokens, self.positions, sources, self._between))
+            try:
+                self.logits = model.logits_of(_Recorder(model, self.tokens, self.positions, self._between))
+            except BaseException:
+                with suppress(RuntimeError):  # nothing else can run on the device while a graph is open
+                    self.graphs[-1].capture_end()
+                raise
             self.graphs[-1].capture_end()
 
     def __call__(self, step: Step) -> Tensor:
         """Logits (B, V)."""
-        self.tokens.copy_(step.tokens)
-        self.positions.copy_(step.positions)
-        for graph, apart in zip(self.graphs, self.parts, strict=False):
-            graph.replay()
-            apart.result.copy_(apart.part(step, step, *apart.tensors))
-        self.graphs[-1].replay()
-        return self.logits.clone()
+        with self.lock:
+            self.tokens.copy_(step.tokens)
+            self.positions.copy_(step.positions)
+            for graph, apart in zip(self.graphs, self.parts, strict=False):
+                graph.replay()
+                apart.result.copy_(apart.part(step, step, *apart.tensors))
+            self.graphs[-1].replay()
+            return self.logits.clone()
 
     def _begin(self) -> None:
         graph = torch.cuda.CUDAGraph()

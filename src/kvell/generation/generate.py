@@ -16,8 +16,10 @@ from kvell.generation.tokenizer import Tokenizer
 
 FinishReason = Literal["eos", "stop", "length"]
 
-# A chunk is large enough to keep the processor busy and small enough to show progress.
-PREFILL_CHUNK, PREFILL_CHUNK_ON_ACCELERATOR = 2048, 16384
+
+def default_prefill_chunk(device: torch.device) -> int:
+    """Tokens of a prompt that are fed at a time: enough to keep the processor busy, few enough to show progress."""
+    return 2048 if device.type == "cpu" else 16384
 
 
 class Piece(int):
@@ -99,7 +101,7 @@ def generate(
     speculation = SpeculationSettings(speculate, num_drafts)
     max_new_tokens = whole_number("max_new_tokens", max_new_tokens)
     if prefill_chunk is None:
-        prefill_chunk = PREFILL_CHUNK if model.device.type == "cpu" else PREFILL_CHUNK_ON_ACCELERATOR
+        prefill_chunk = default_prefill_chunk(model.device)
     prefill_chunk = whole_number("prefill_chunk", prefill_chunk)
     if stop and tokenizer is None:
         raise InputError("stop strings need a tokenizer")

@@ -33,10 +33,12 @@ def experts(
         run = experts_reference
     elif torch.compiler.is_compiling():
         run = experts_indexed
-    elif x.is_cuda and (chosen.numel() <= GATHERED or torch.cuda.is_current_stream_capturing()):
+    elif x.is_cuda and chosen.numel() <= GATHERED:
         run = experts_gathered
     elif x.is_cuda and x.dtype is torch.bfloat16 and not torch.is_grad_enabled() and fits_grouped(gate_up, down):
         run = experts_of_groups
+    elif x.is_cuda and torch.cuda.is_current_stream_capturing():
+        run = experts_gathered
     else:
         run = experts_of_one_token if len(x) == 1 else experts_grouped
     return run(x, weights, chosen, gate_up, down, unit)
@@ -91,7 +93,7 @@ def experts_indexed(
     gate, up = (gate_up[expert].to(wide) * kept(x)[:, None, None].to(wide)).sum(-1).chunk(2, dim=-1)
     inner = kept(unit(gate.to(x.dtype), up.to(x.dtype)))
     outputs = (down[expert].to(wide) * inner[:, :, None].to(wide)).sum(-1)
-    return (outputs * torch.where(there, weights, 0)[:, :, None]).sum(1).to(x.dtype)
+    return torch.where(there[:, :, None], outputs * weights[:, :, None], 0).sum(1).to(x.dtype)
 
 
 def experts_gathered(
@@ -108,7 +110,7 @@ def experts_gathered(
     rows = x[:, None].expand(-1, chosen.shape[1], -1).flatten(0, 1)
     gate, up = (gate_up[expert] @ rows[:, :, None]).squeeze(2).chunk(2, dim=-1)
     outputs = (down[expert] @ unit(gate, up)[:, :, None]).squeeze(2).unflatten(0, chosen.shape)
-    return (outputs * torch.where(there, weights, 0)[:, :, None]).sum(1)
+    return torch.where(there[:, :, None], outputs * weights[:, :, None], 0).sum(1)
 
 
 def experts_of_groups(

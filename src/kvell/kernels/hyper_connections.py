@@ -103,7 +103,7 @@ def _sinkhorn_by_columns(logits: Float[Tensor, "N N T"], iterations: int, eps: f
             mix = mix / (mix.sum(half, keepdim=True) + eps)
         return mix
     sums = mix.new_empty(1, *mix.shape[1:]), mix.new_empty(mix.shape[0], 1, mix.shape[2])
-    offset = mix.new_tensor(eps)
+    offset = mix.new_full((), eps)
     for half in halves:
         torch.sum(mix, half, keepdim=True, out=sums[half])
         mix.div_(sums[half].add_(offset))

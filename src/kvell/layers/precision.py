@@ -8,9 +8,14 @@ import torch
 from torch import Tensor, nn
 
 
-@cache
 def rounded(number: float, dtype: torch.dtype) -> float:
     """The number as a tensor of this dtype would hold it."""
+    # What is traced must not depend on what ran before.
+    return _rounded.__wrapped__(number, dtype) if torch.compiler.is_compiling() else _rounded(number, dtype)
+
+
+@cache
+def _rounded(number: float, dtype: torch.dtype) -> float:
     return float(torch.tensor(number, device="cpu").to(dtype))
 
 

@@ -19,7 +19,7 @@ the final scale on cos and sin, applied once; released configs state it, and the
 """
 
 import math
-from functools import lru_cache
+from functools import cache
 from typing import Annotated, Literal, NamedTuple
 
 import torch
@@ -172,7 +172,7 @@ def rotary_table(
     return RotaryTable(cos.to(dtype), sin.to(dtype))
 
 
-@lru_cache(maxsize=256)
+@cache  # never dropped: recorded graphs know these tensors by their addresses
 def _inverse_frequencies(rotary: AnyRotary, head_dim: int, device: torch.device) -> Float[Tensor, " pairs"]:
     """Computed on the CPU, and copied to the device once: every copy makes the host wait. Training may use what
     inference asked for first."""

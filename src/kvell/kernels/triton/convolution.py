@@ -9,7 +9,7 @@ in fp32.
 """
 
 from collections.abc import Sequence
-from functools import lru_cache, partial
+from functools import partial
 
 import torch
 import triton
@@ -59,7 +59,7 @@ def _forward(
     )
     query = laid.new_empty(tokens, heads - kv_heads, width)
     key = laid.new_empty(tokens, kv_heads, width)
-    places = _places(tuple(counts), earlier + later - 2, laid.device)
+    places = _places(counts, earlier + later - 2, laid.device)
     pairs = 0 if cos is None else cos.shape[1]
     block = 16 if tokens <= 16 else 32
     if tokens:
@@ -77,13 +77,12 @@ def _forward(
     return query, key
 
 
-@lru_cache(maxsize=64)
-def _places(counts: tuple[int, ...], reach: int, device: torch.device) -> Tensor:
-    """Where every token's row lies: each sequence stands behind the rows that it reaches back to. Kept, as every
-    layer asks for the same, and every decoded token."""
-    with torch.inference_mode(False):
-        sequence = torch.arange(len(counts)).repeat_interleave(torch.tensor(counts))
-        return sent(torch.arange(sum(counts)) + reach * (1 + sequence), device)
+def _places(counts: Sequence[int], reach: int, device: torch.device) -> Tensor:
+    """Where every token's row lies: each sequence stands behind the rows that it reaches back to."""
+    if len(counts) == sum(counts):  # one token each: nothing that the device does not know
+        return torch.arange(len(counts), device=device) * (reach + 1) + reach
+    sequence = torch.arange(len(counts), device="cpu").repeat_interleave(torch.tensor(counts, device="cpu"))
+    return sent(torch.arange(sum(counts), device="cpu") + reach * (1 + sequence), device)
 
 
 @triton.jit

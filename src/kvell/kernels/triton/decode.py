@@ -55,7 +55,17 @@ def ragged_decode(
     logarithms = query.new_empty(slices, count * heads, dtype=torch.float32)
     with on_device_of(query):
         _decode[count, kv_heads, slices](
-            *(query, sent(torch.tensor(rows), query.device), outputs, logarithms, count, heads, group, width, scale),
+            *(
+                query,
+                sent(torch.tensor(rows, device="cpu"), query.device),
+                outputs,
+                logarithms,
+                count,
+                heads,
+                group,
+                width,
+                scale,
+            ),
             *(aligned, power_of_two(group, 16), block, filled),
             num_warps=8 if filled > 256 else 4,
         )

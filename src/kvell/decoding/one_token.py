@@ -1,0 +1,39 @@
+"""What both ways of decoding have in common: a step that is looked at but computes nothing, and where weights lie."""
+
+from collections.abc import Callable
+from typing import TYPE_CHECKING
+
+from torch import Tensor, nn
+
+from kvell.step import Step
+
+if TYPE_CHECKING:
+    from kvell.model import Decoder
+
+AskingTheCache = Callable[..., Tensor]
+
+
+class OneTokenStep(Step):
+    """One token for each of B sequences, of which nothing is known but that. It has no starts: a layer that looked at
+    them would have them compiled or recorded."""
+
+    def __init__(self, model: "Decoder", tokens: Tensor, positions: Tensor) -> None:
+        super().__init__(tokens, [1] * len(tokens), [], positions, sources=model.config.reads())
+
+
+class Weights:
+    """All of a model's weights, and whether they still lie where they lay."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self._places: list[tuple[dict[str, Tensor | None], str, Tensor, int]] = []
+        for module in model.modules():
+            for slots in (module._parameters, module._buffers):
+                for name, tensor in slots.items():
+                    if tensor is not None:
+                        self._places.append((slots, name, tensor, tensor.data_ptr()))  # type: ignore[arg-type]
+
+    def have_moved(self) -> bool:
+        """Whether any was replaced, or its memory was. They are held: what was theirs is nobody else's."""
+        return any(
+            slots[name] is not tensor or tensor.data_ptr() != address for slots, name, tensor, address in self._places
+        )
