@@ -15,6 +15,7 @@ from torch.nn import functional as F
 import kvell
 from kvell.bundled import bundled_model_path
 from kvell.generation import Tokenizer
+from kvell.step import Step
 from kvell.training.settings import TrainingConfig
 from kvell.training.tasks import Passkey, solved
 
@@ -100,7 +101,7 @@ def test_every_layer_has_a_per_layer_embedding(model: kvell.Decoder) -> None:
     ple = model.config.per_layer_embedding
     assert ple is not None
     row = torch.tensor([5])
-    inputs = model.per_layer_inputs(row, model.embedding(row))
+    inputs = model.per_layer_inputs(model.embedding(row), Step.of(row, [1], None))
     assert inputs.shape == (1, model.config.num_layers, ple.width)
     assert inputs.abs().amax(-1).gt(0).all()
 

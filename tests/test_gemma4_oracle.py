@@ -30,6 +30,7 @@ from transformers import Gemma4ForCausalLM
 import kvell
 from kvell.layers.per_layer_embedding import MappedTable
 from kvell.layers.rotary import DefaultRotary, ProportionalRotary
+from kvell.step import Step
 
 CASES = {
     "like E2B: wide shared layers, one KV head": {
@@ -344,10 +345,11 @@ def test_the_three_scales_of_per_layer_embeddings(load) -> None:
     model, theirs, tokens = load(E2B), reference(E2B).model, prompt()
     embedded = theirs.embed_tokens(tokens)
     wanted = theirs.project_per_layer_inputs(embedded, theirs.get_per_layer_inputs(tokens, embedded))
-    inputs = model.per_layer_inputs(tokens[0], embedded[0])
+    step = Step.of(tokens[0], [PROMPT_LENGTH], None)
+    inputs = model.per_layer_inputs(embedded[0], step)
     torch.testing.assert_close(inputs, wanted[0], rtol=0, atol=1e-5)
     table = theirs.embed_tokens_per_layer.weight[tokens[0]].view(PROMPT_LENGTH, 8, 8)
-    without_context = model.per_layer_inputs(tokens[0], torch.zeros_like(embedded[0]))
+    without_context = model.per_layer_inputs(torch.zeros_like(embedded[0]), step)
     torch.testing.assert_close(without_context, table * 8**0.5 / 2**0.5)
 
 

@@ -325,7 +325,9 @@ def test_compressor(overlap: bool) -> None:
     compressor = double(
         EntryCompressor(Compressor(ratio=2, overlap=overlap), SITE, "entry", 3, TURNED, rotary_width, None)
     )
-    check_module(compressor, lambda x: torch.cat(compressor(x, step_of(5, 1, 2))), randn(8, HIDDEN))
+    check_module(
+        compressor, lambda x: torch.cat(compressor.entries(compressor(x), step_of(5, 1, 2))), randn(8, HIDDEN)
+    )
 
 
 # The indexer.
@@ -343,7 +345,8 @@ def test_the_indexers_loss() -> None:
         unseen = [torch.arange(m.shape[1]) >= seen[:, None] for m, seen in zip(masses, visible, strict=True)]
         own = [m.masked_fill(none, 0) for m, none in zip(masses, unseen, strict=True)]
         questions = indexer(x, low_rank, step.rotary(TURNED, 2, torch.float32))
-        return indexer.loss(questions, indexer.compressor(x, step), visible, own, step)
+        entries = indexer.compressor.entries(indexer.compressor(x), step)
+        return indexer.loss(questions, entries, visible, own, step)
 
     check(run, randn(10, HIDDEN), randn(10, 3), *learnt(indexer))
 

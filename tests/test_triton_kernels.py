@@ -128,6 +128,19 @@ def test_hyper_connections_read_many_tokens_in_larger_blocks(
     assert_alike(ours[1:3], theirs[1:3], 1e-4)  # post and mix are fp32, whatever the streams are
 
 
+@pytest.mark.skipif(DEVICE == "cpu", reason="it is about what runs side by side, at full size")
+def test_hyper_connections_of_a_full_size_batch() -> None:
+    h, weight = randn(4096, 4, 4096, dtype=BFLOAT), randn(24, 16384) * 16384**-0.5
+    arguments = h, weight, randn(24), randn(3)
+    settings: dict[str, Any] = {"iterations": 20, "eps": 1e-6, "norm_eps": 1e-6}
+    with torch.no_grad(), kernels.use("reference"):
+        expected = hyper_read(*arguments, **settings)
+    for _ in range(5):
+        with torch.no_grad(), kernels.use("triton"):
+            found = hyper_read(*arguments, **settings)
+        assert_alike(list(found[1:]), list(expected[1:]), 1e-4)
+
+
 @needs_triton
 @pytest.mark.parametrize("many", [20, 60])
 def test_streams_in_bf16_meet_every_bit_of_the_weights(many: int, monkeypatch: pytest.MonkeyPatch) -> None:
