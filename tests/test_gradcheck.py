@@ -472,6 +472,6 @@ def test_a_dense_feed_forward_beside_experts() -> None:
 def test_per_layer_embeddings() -> None:
     config = PerLayerEmbedding(width=3)
     inputs, injection = double(config.build_inputs(SITE)), double(config.build(SITE))
-    tokens = torch.tensor([3, 0, 3, 10])
-    check_module(inputs, lambda embedded: inputs(tokens, embedded), randn(4, HIDDEN))
+    step = Step.of(torch.tensor([3, 0, 3, 10]), [4], None)
+    check_module(inputs, lambda embedded: inputs(embedded, step), randn(4, HIDDEN))
     check(lambda h, own, *_: injection(h, own), randn(4, HIDDEN), randn(4, 3), *learnt(injection))
