@@ -42,9 +42,15 @@ def read_bandwidth(nbytes: int = 1 << 30) -> float:
     return nbytes / median_seconds(values.sum, 7)
 
 
-def matmul_peak(size: int = 2048) -> float:
-    """Floating-point operations a second of a square fp32 product."""
-    left, right = torch.randn(size, size), torch.randn(size, size)
+def row_bandwidth(nbytes: int = 1 << 30) -> float:
+    """Bytes a second of torch's product of a bf16 matrix with one row."""
+    matrix, row = torch.ones(nbytes // 2 // 4096, 4096, dtype=torch.bfloat16), torch.ones(4096, dtype=torch.bfloat16)
+    return nbytes / median_seconds(lambda: matrix @ row, 7)
+
+
+def matmul_peak(size: int = 2048, dtype: torch.dtype = torch.float32) -> float:
+    """Floating-point operations a second of a square product."""
+    left, right = torch.randn(size, size).to(dtype), torch.randn(size, size).to(dtype)
     return 2 * size**3 / median_seconds(lambda: left @ right, 7)
 
 

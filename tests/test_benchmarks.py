@@ -216,7 +216,8 @@ def test_real_size_is_measured_on_both_sides_of_one_written_checkpoint(
     monkeypatch.setattr(random_checkpoint, "released_config", lambda name, layers=None: toy)
     monkeypatch.setattr(real_size, "PROMPTS", (8, 16))
     monkeypatch.setattr(machine, "read_bandwidth", lambda: 1e9)
-    monkeypatch.setattr(machine, "matmul_peak", lambda: 1e9)
+    monkeypatch.setattr(machine, "matmul_peak", lambda dtype=torch.float32: 1e9)
+    monkeypatch.setattr(machine, "row_bandwidth", lambda: 9e8)
     section = real_size.run(tmp_path, rounds=1, threads=1)
     assert not [note for note in section.notes if "Failed" in note]
     assert set(section.figures["sides"]) == {"kvell", "transformers"}
