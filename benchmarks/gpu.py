@@ -218,32 +218,40 @@ class Aim(NamedTuple):
     why: str = ""
 
 
+def quotient(what: str) -> Callable[[Figures, Figures], float]:
+    """How many times the first figure goes into the second."""
+    return lambda own, theirs: theirs[what] / own[what]
+
+
 AIMS = (
     Aim(
         "hyper-connection read and write, of copy bandwidth",
-        *("at least", OF_COPY, "", (CONNECTION, COPYING)),
+        "at least",
+        OF_COPY,
+        "",
+        (CONNECTION, COPYING),
         lambda own, copying: MOVED / own["read and write"] / (copying["GB/s"] * 1e9),
         "the streams are read twice, for the projection and for the collapse",
     ),
     Aim(
         "hyper-connections' share of a training step",
-        *("at most", OVERHEAD, "", (HYPER_STEP, PLAIN_STEP)),
+        "at most",
+        OVERHEAD,
+        "",
+        (HYPER_STEP, PLAIN_STEP),
         lambda hyper, plain: hyper["step"] / plain["step"] - 1,
         "of two layers, beside which opening and closing the streams weigh much; their backward reads most twice",
     ),
     Aim(
         "hyper-connection beside the compiled reference",
-        *("at least", 1.0, "x", (CONNECTION, COMPILED)),
-        lambda own, compiled: compiled["read and write"] / own["read and write"],
+        "at least",
+        1.0,
+        "x",
+        (CONNECTION, COMPILED),
+        quotient("read and write"),
     ),
-    *(
-        Aim(
-            f"V4-shaped {what} beside transformers",
-            *("at least", 1.0, "x", (KVELL, TRANSFORMERS)),
-            lambda own, theirs, what=what: theirs[what] / own[what],
-        )
-        for what in ("decode", "prefill")
-    ),
+    Aim("V4-shaped decode beside transformers", "at least", 1.0, "x", (KVELL, TRANSFORMERS), quotient("decode")),
+    Aim("V4-shaped prefill beside transformers", "at least", 1.0, "x", (KVELL, TRANSFORMERS), quotient("prefill")),
 )
 
 

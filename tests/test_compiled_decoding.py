@@ -13,44 +13,17 @@ from typing import Any
 
 import pytest
 import torch
+from decoding_checks import assert_same, check_all_ways, draw_tokens
 from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
-from strategies import VOCAB, configs, random_model
-from test_triton_kernels import model_like
+from small_models import MIXED, model_like
+from strategies import configs, random_model
 from torch import Tensor
 
 from kvell import Cache, Decoder, ModelConfig, kernels
 from kvell.cli import main
-from kvell.config import LayerConfig
 from kvell.decoding import compiled as compiling
 from kvell.errors import InputError
-from kvell.layers.experts import MixtureOfExperts
-from kvell.layers.grouped_query import GroupedQuery
-from kvell.layers.per_layer_embedding import PerLayerEmbedding
-from kvell.layers.rotary import DefaultRotary
-from kvell.layers.routers import MLPRouter, SigmoidRouter
-
-MIXED = ModelConfig(
-    vocab_size=VOCAB,
-    hidden_size=16,
-    max_positions=64,
-    per_layer_embedding=PerLayerEmbedding(width=4),
-    layers=tuple(
-        LayerConfig(
-            attention=GroupedQuery(num_heads=4, num_kv_heads=2, head_dim=8, rotary=DefaultRotary(theta=100.0)),
-            feed_forward=MixtureOfExperts(num_experts=3, top_k=2, intermediate_size=8, router=router),
-        )
-        for router in (SigmoidRouter(), MLPRouter(hidden_size=6, skip_expert="identity"))
-    ),
-)
-
-
-def draw_tokens(*shape: int) -> Tensor:
-    return torch.randint(0, VOCAB, shape)
-
-
-def assert_same(actual: Tensor, expected: Tensor) -> None:
-    torch.testing.assert_close(actual, expected, atol=1e-4, rtol=1e-4)
 
 
 @pytest.fixture(scope="module")
@@ -83,28 +56,6 @@ def _as_traced(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 
     monkeypatch.setattr(compiling, "machine_code", traced)
     return
-
-
-def check_all_ways(model: Decoder, compiled: Decoder) -> None:
-    """After a prompt, after taking tokens back, and in a batch of two lengths."""
-    tokens = draw_tokens(2, 23).to(model.device)
-    with torch.no_grad():
-        caches = [compiled.make_cache(max_rewind=2), compiled.make_cache(max_rewind=2)]
-        for row, (cache, prompt) in enumerate(zip(caches, (9, 2), strict=True)):
-            expected = model(tokens[row : row + 1])
-            compiled(tokens[row : row + 1, :prompt], cache=cache)
-            for at in (*range(prompt, prompt + 6), None, *range(prompt + 4, prompt + 6)):
-                if at is None:
-                    cache.rewind(2)
-                else:
-                    logits = compiled(tokens[row : row + 1, at : at + 1], cache=cache)
-                    assert_same(logits, expected[:, at : at + 1])
-        batch = Cache.merge(caches)
-        for step in range(6):
-            both = torch.stack([tokens[0, 15 + step : 16 + step], tokens[1, 8 + step : 9 + step]])
-            logits = compiled(both, cache=batch)
-            for row, at in enumerate((15 + step, 8 + step)):
-                assert_same(logits[row, 0], model(tokens[row : row + 1, : at + 1])[0, -1])
 
 
 @pytest.mark.usefixtures("_as_traced")
@@ -240,7 +191,7 @@ def test_what_cannot_be_compiled_is_refused_in_words(tmp_path: Path, monkeypatch
     assert done.returncode == 1
     assert done.stderr.splitlines() == [
         "error: compile: no C++ compiler works here: install g++, name another in the environment's CXX, "
-        "or do without compiling"
+        "or decode without compiling"
     ]
 
 

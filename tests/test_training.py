@@ -572,7 +572,7 @@ def test_a_run_that_cannot_be_compiled_is_refused_in_one_line(texts: Path, tmp_p
     said = done.stderr.strip()
     assert said.startswith("error: compile: no C++ compiler works here")
     assert len(said.splitlines()) == 1
-    assert "or do without compiling" in said
+    assert "or set compile to false" in said
 
 
 def refused(texts: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str], *options: str, **changes: Any) -> str:

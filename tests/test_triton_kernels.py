@@ -15,11 +15,11 @@ from typing import Any
 
 import pytest
 import torch
+from small_models import model_like
 from strategies import VOCAB, random_model
 from torch import Tensor
 
-from kvell import Cache, Decoder, ModelConfig, kernels
-from kvell.config import LayerConfig
+from kvell import Cache, Decoder, kernels
 from kvell.errors import InputError
 from kvell.kernels import choice
 from kvell.kernels.attention import attention
@@ -28,15 +28,6 @@ from kvell.kernels.compressor import pooled_entries
 from kvell.kernels.convolution import convolved_heads
 from kvell.kernels.hyper_connections import hyper_read, hyper_write
 from kvell.kernels.rotation import rotate, rotate_last
-from kvell.layers.compressed import Compressed
-from kvell.layers.compressor import Compressor
-from kvell.layers.convolutional import Convolutional
-from kvell.layers.feed_forward import GatedMLP
-from kvell.layers.grouped_query import GroupedQuery
-from kvell.layers.hyper_connections import HyperConnections
-from kvell.layers.indexer import Indexer
-from kvell.layers.residual import PlainResidual, ScaledResidual
-from kvell.layers.rotary import DefaultRotary, ProportionalRotary
 
 needs_triton = pytest.mark.skipif(not choice.triton_installed(), reason="Triton is not installed")
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -381,50 +372,6 @@ def test_one_query_for_each_of_many_lengths(
         expected = attention(query, keys, values, [1] * len(lengths), **settings)
     assert_alike([together], [expected], tolerance_of(dtype))
     assert_alike([together], [torch.cat(alone)], tolerance_of(dtype))
-
-
-def model_like(kind: str) -> ModelConfig:
-    turn = DefaultRotary(theta=100.0)
-    connections = {"deepseek_v4": HyperConnections(streams=3, iterations=4), "zaya": ScaledResidual()}
-    common: dict[str, Any] = {
-        "num_heads": 2,
-        "head_dim": 8,
-        "sliding_window": 5,
-        "rotary": turn,
-        "rotary_width": 4,
-        "query_rank": 12,
-        "output_rank": 6,
-    }
-    layers: dict[str, list[Any]] = {
-        "deepseek_v4": [
-            Compressed(
-                **common,
-                compressor=Compressor(ratio=2, overlap=True),
-                indexer=Indexer(num_heads=2, head_dim=4, top_k=3),
-            ),
-            Compressed(**common, compressor=Compressor(ratio=8)),
-        ],
-        "zaya": [
-            Convolutional(num_heads=4, num_kv_heads=2, head_dim=8, rotary=DefaultRotary(theta=100.0, fraction=0.5)),
-            Convolutional(num_heads=2, num_kv_heads=2, head_dim=8, rotary=None, sliding_window=4),
-        ],
-        "gemma4": [
-            GroupedQuery(num_heads=4, num_kv_heads=2, head_dim=8, rotary=turn, sliding_window=4),
-            GroupedQuery(
-                num_heads=2, num_kv_heads=1, head_dim=16, rotary=ProportionalRotary(theta=1000.0, fraction=0.25)
-            ),
-            GroupedQuery(num_heads=4, num_kv_heads=2, head_dim=8, rotary=turn, sliding_window=4, kv_source=0),
-        ],
-    }
-    return ModelConfig(
-        vocab_size=VOCAB,
-        hidden_size=16,
-        max_positions=64,
-        connection=connections.get(kind, PlainResidual()),
-        layers=tuple(
-            LayerConfig(attention=layer, feed_forward=GatedMLP(intermediate_size=24)) for layer in layers[kind]
-        ),
-    )
 
 
 LAUNCHED = {

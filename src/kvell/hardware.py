@@ -38,8 +38,9 @@ def peak_resident_bytes() -> int:
     return peak if sys.platform == "darwin" else peak * 1024
 
 
-def check_compiler(device: "torch.device") -> None:
-    """InputError where torch.compile has nothing to compile with: a C++ compiler for the CPU, Triton for others."""
+def check_compiler(device: "torch.device", otherwise: str) -> None:
+    """InputError where torch has nothing to compile with, a C++ compiler for the CPU, Triton for others; it ends with
+    what can be done `otherwise`."""
     from torch._inductor.cpp_builder import get_cpp_compiler
     from torch._inductor.exc import InvalidCxxCompiler
     from torch.utils._triton import has_triton
@@ -49,8 +50,8 @@ def check_compiler(device: "torch.device") -> None:
             get_cpp_compiler()
         except InvalidCxxCompiler:
             raise InputError(
-                "compile: no C++ compiler works here: install g++, name another in the environment's CXX, or do "
-                "without compiling"
+                "compile: no C++ compiler works here: install g++, name another in the environment's CXX, or "
+                f"{otherwise}"
             ) from None
     elif not has_triton():
-        raise InputError(f"compile: no Triton works on {device}: install it, or do without compiling")
+        raise InputError(f"compile: no Triton works on {device}: install it, or {otherwise}")

@@ -221,9 +221,9 @@ class Decoder(nn.Module):
         From here on `forward` runs it whenever a call is such a step and asks for logits alone (no `return_streams`);
         compiled, its logits are equal to float tolerance, recorded, to the bit. Compiling takes up to a minute; the
         code is kept in `folder` (`~/.cache/kvell`, or in XDG_CACHE_HOME) and found there by later processes, within
-        seconds. It sees weights that change in place, and ends where they move: after `.to()`, or when other tensors
-        take their place, call this again. Copies of the model are without it. InputError on other devices, without a
-        C++ compiler, and where the folder cannot be written.
+        seconds. It sees weights that change in place, and ends with a warning where they move: after `.to()`, or when
+        other tensors take their place, call this again. Copies of the model are without it. InputError on other
+        devices, without a C++ compiler, and where the folder cannot be written.
         """
         from kvell.decoding import decoding_step
 
@@ -280,12 +280,15 @@ class Decoder(nn.Module):
     def _compiled_for(self, step: Step) -> "DecodingStep | None":
         """What runs a step of one token per sequence with a cache, if there is anything and it is to be used."""
         compiled = self._compiled.get(len(step.counts))
-        if compiled is None or step.cache is None or step.observed is not None or chosen() != "fast":
+        if compiled is None or step.cache is None or step.observed is not None:
+            return None
+        if len(step.tokens) != len(step.counts) or chosen() != "fast":
             return None
         if compiled.weights.have_moved():
             self._compiled = {}
+            warn("weights have moved since compile_decoding: decoding is not compiled any more")
             return None
-        return compiled if len(step.tokens) == len(step.counts) else None
+        return compiled
 
     def __getstate__(self) -> dict[str, Any]:
         return self.__dict__ | {"_compiled": {}}

@@ -46,7 +46,7 @@ def decoding_step(model: "Decoder", batch_size: int, folder: str | Path | None) 
 def check_device(device: torch.device) -> None:
     """InputError where decoding can be neither compiled nor recorded."""
     if device.type == "cpu":
-        check_compiler(device)
+        check_compiler(device, "decode without compiling")
     elif device.type != "cuda":
         raise InputError(f"decoding is compiled for the CPU and recorded on CUDA devices, not on {device}")
 

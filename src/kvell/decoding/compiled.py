@@ -69,17 +69,11 @@ class _TracedStep(OneTokenStep):
         super().__init__(model, tokens, positions)
         self.parts: list[AskingTheCache] = []
 
-    def apart(
-        self,
-        part: AskingTheCache,
-        *tensors: Tensor | None,
-        wanted: Step | None = None,
-        shape: Sequence[int] | None = None,
+    def leave_out(
+        self, part: AskingTheCache, tensors: tuple[Tensor | None, ...], first: Tensor, shape: Sequence[int]
     ) -> Tensor:
-        assert wanted is None
-        assert tensors[0] is not None
         self.parts.append(part)
-        result: Tensor = torch.ops.kvell.apart(list(tensors), len(self.parts) - 1, shape or tensors[0].shape)
+        result: Tensor = torch.ops.kvell.apart(list(tensors), len(self.parts) - 1, shape)
         return result
 
 

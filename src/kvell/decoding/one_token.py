@@ -1,6 +1,6 @@
 """What both ways of decoding have in common: a step that is looked at but computes nothing, and where weights lie."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
 from torch import Tensor, nn
@@ -19,6 +19,24 @@ class OneTokenStep(Step):
 
     def __init__(self, model: "Decoder", tokens: Tensor, positions: Tensor) -> None:
         super().__init__(tokens, [1] * len(tokens), [], positions, sources=model.config.reads())
+
+    def apart(
+        self,
+        part: AskingTheCache,
+        *tensors: Tensor | None,
+        wanted: Step | None = None,
+        shape: Sequence[int] | None = None,
+    ) -> Tensor:
+        assert wanted is None
+        first = tensors[0]
+        assert first is not None
+        return self.leave_out(part, tensors, first, shape or first.shape)
+
+    def leave_out(
+        self, part: AskingTheCache, tensors: tuple[Tensor | None, ...], first: Tensor, shape: Sequence[int]
+    ) -> Tensor:
+        """What stands for the part's result, of this shape and like the first of the tensors that it reads."""
+        raise NotImplementedError
 
 
 class Weights:

@@ -43,17 +43,10 @@ class _Recorder(OneTokenStep):
         super().__init__(model, tokens, positions)
         self.between = between
 
-    def apart(
-        self,
-        part: AskingTheCache,
-        *tensors: Tensor | None,
-        wanted: Step | None = None,
-        shape: Sequence[int] | None = None,
+    def leave_out(
+        self, part: AskingTheCache, tensors: tuple[Tensor | None, ...], first: Tensor, shape: Sequence[int]
     ) -> Tensor:
-        assert wanted is None
-        first = tensors[0]
-        assert first is not None
-        result = first.new_empty(shape or first.shape)
+        result = first.new_empty(shape)
         self.between(_Apart(part, tensors, result))
         return result
 

@@ -8,7 +8,7 @@ A choice of E, one past the last expert, stands for none: it adds nothing.
 from collections.abc import Callable
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -93,7 +93,7 @@ def experts_indexed(
     gate, up = (gate_up[expert].to(wide) * kept(x)[:, None, None].to(wide)).sum(-1).chunk(2, dim=-1)
     inner = kept(unit(gate.to(x.dtype), up.to(x.dtype)))
     outputs = (down[expert].to(wide) * inner[:, :, None].to(wide)).sum(-1)
-    return torch.where(there[:, :, None], outputs * weights[:, :, None], 0).sum(1).to(x.dtype)
+    return _summed(outputs, weights, there).to(x.dtype)
 
 
 def experts_gathered(
@@ -110,7 +110,7 @@ def experts_gathered(
     rows = x[:, None].expand(-1, chosen.shape[1], -1).flatten(0, 1)
     gate, up = (gate_up[expert] @ rows[:, :, None]).squeeze(2).chunk(2, dim=-1)
     outputs = (down[expert] @ unit(gate, up)[:, :, None]).squeeze(2).unflatten(0, chosen.shape)
-    return torch.where(there[:, :, None], outputs * weights[:, :, None], 0).sum(1)
+    return _summed(outputs, weights, there)
 
 
 def experts_of_groups(
@@ -128,8 +128,7 @@ def experts_of_groups(
     gate, up = F.grouped_mm(x[order // chosen.shape[1]], gate_up.mT, offs=ends).chunk(2, dim=-1)
     outputs = F.grouped_mm(unit(gate, up), down.mT, offs=ends)
     # Rows behind the last group, choices of none, are whatever lay there.
-    weighted = torch.where((expert < len(gate_up))[:, None], outputs * weights.flatten()[order, None], 0)
-    return weighted[order.argsort()].unflatten(0, chosen.shape).sum(1)
+    return _summed(outputs[order.argsort()].unflatten(0, chosen.shape), weights, chosen < len(gate_up))
 
 
 def fits_grouped(*weights: Float[Tensor, "E out in"]) -> bool:
@@ -157,6 +156,12 @@ def experts_grouped(
         elif len(rows):
             gate, up = linear(rows, gate_up[expert]).chunk(2, dim=-1)
             outputs.append(linear(unit(gate, up), down[expert]))
-    weighted = torch.cat(outputs) * weights.flatten()[order, None]
     # Back in the tokens' order and summed there: adding up in place would depend on the device's timing.
-    return weighted[order.argsort()].unflatten(0, chosen.shape).sum(1)
+    return (torch.cat(outputs)[order.argsort()].unflatten(0, chosen.shape) * weights[:, :, None]).sum(1)
+
+
+def _summed(
+    outputs: Float[Tensor, "T k C"], weights: Float[Tensor, "T k"], there: Bool[Tensor, "T k"]
+) -> Float[Tensor, "T C"]:
+    """Choices of none add nothing, whatever stands in their rows."""
+    return torch.where(there[:, :, None], outputs * weights[:, :, None], 0).sum(1)

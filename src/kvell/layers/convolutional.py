@@ -32,7 +32,7 @@ from kvell.kernels.attention import attention
 from kvell.kernels.convolution import convolved_heads
 from kvell.layers.cost import Cost, Technique, Weight, Work, linear, together, vector
 from kvell.layers.grouped_query import GroupedQuery
-from kvell.layers.key_values import KEY_VALUES, KeyValues, unlike
+from kvell.layers.key_values import KeyValues, unlike
 from kvell.layers.linear import Linear
 from kvell.layers.part import Part, Site
 from kvell.layers.rotary import Rotary, check_turns
@@ -208,12 +208,7 @@ class ConvolutionalAttention(nn.Module):
         value: Float[Tensor, "T K D"] | None,
     ) -> Float[Tensor, "W H D"]:
         """Over this step's keys and values, joined to those its sequences remember, or over another layer's."""
-        if self.config.kv_source is not None:
-            seen = step.made[self.config.kv_source, KEY_VALUES]
-        else:
-            assert key is not None
-            assert value is not None
-            seen = KeyValues.appended(self.index, key, value, step)
+        seen = KeyValues.seen(self.index, self.config.kv_source, key, value, step)
         scale, window = self.config.head_dim**-0.5, self.config.sliding_window
         return attention(query, seen.keys, seen.values, wanted.counts, scale=scale, window=window)
 

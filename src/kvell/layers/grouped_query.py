@@ -19,7 +19,7 @@ from torch.nn import functional as F
 from kvell.cache import StreamSpec
 from kvell.kernels.attention import attention
 from kvell.layers.cost import Cost, Technique, Work, linear, norm, together
-from kvell.layers.key_values import KEY_VALUES, KeyValues, unlike
+from kvell.layers.key_values import KeyValues, unlike
 from kvell.layers.linear import Linear
 from kvell.layers.norms import RMSNorm
 from kvell.layers.part import Part, Site
@@ -174,12 +174,7 @@ class GroupedQueryAttention(nn.Module):
         value: Float[Tensor, "T K D"] | None,
     ) -> Float[Tensor, "W H D"]:
         """Over this step's keys and values, joined to those its sequences remember, or over another layer's."""
-        if self.config.kv_source is not None:
-            seen = step.made[self.config.kv_source, KEY_VALUES]
-        else:
-            assert key is not None
-            assert value is not None
-            seen = KeyValues.appended(self.index, key, value, step)
+        seen = KeyValues.seen(self.index, self.config.kv_source, key, value, step)
         window = self.config.sliding_window
         return attention(query, seen.keys, seen.values, wanted.counts, scale=self.scale, window=window)
 

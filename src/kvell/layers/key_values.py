@@ -26,11 +26,20 @@ class KeyValues(NamedTuple):
     values: list[Tensor]
 
     @classmethod
-    def appended(
-        cls, layer: int, key: Float[Tensor, "T K D"], value: Float[Tensor, "T K D"], step: "Step"
+    def seen(
+        cls,
+        layer: int,
+        source: int | None,
+        key: Float[Tensor, "T K D"] | None,
+        value: Float[Tensor, "T K D"] | None,
+        step: "Step",
     ) -> "KeyValues":
-        """A layer's keys and values of this step, joined to those that its sequences remember, and left for whoever
-        reads them."""
+        """What a layer may see: its own keys and values of this step, joined to those that its sequences remember and
+        left for whoever reads them, or those that its `source` left."""
+        if source is not None:
+            return step.made[source, KEY_VALUES]
+        assert key is not None
+        assert value is not None
         heads = key.shape[1:]
         rows = (step.append(layer, name, made.flatten(1)) for name, made in (("key", key), ("value", value)))
         seen = cls(*([own.unflatten(1, heads) for own in every] for every in rows))

@@ -29,7 +29,7 @@ VARIANTS = 256
 def compile_parts(model: Decoder, device: torch.device) -> None:
     """Compiles the token-wise parts of the model's layers, at their first use in a training step. InputError where
     nothing can be compiled on the device."""
-    check_compiler(device)
+    check_compiler(device, "set compile to false")
     # What is compiled keeps the kernels' version that was chosen when it was compiled.
     torch.compiler.assume_constant_result(choice.chosen)
     torch._dynamo.config.recompile_limit = VARIANTS
