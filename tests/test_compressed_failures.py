@@ -23,6 +23,7 @@ from kvell.kernels.compressed import (
     compressed_attention_blocked,
     compressed_attention_reference,
     pick_blocked,
+    pick_for_one,
     pick_reference,
 )
 from kvell.kernels.top_k import ranked, top_k_ascending, top_k_lowest_first, top_k_of_ranked
@@ -483,7 +484,13 @@ def tied(count: int, entries: int, seed: int) -> tuple[Tensor, Tensor, Tensor]:
     return query, weights, torch.randint(-1, 2, (entries, 4), generator=generator).float()
 
 
-@pytest.mark.parametrize("run", [pick_blocked, pick_reference])
+def pick_one_by_one(query, weights, keys, visible, top_k: int) -> torch.Tensor:
+    """Each query alone, of whom not all see all entries."""
+    alone = zip(query.split(1), weights.split(1), visible.split(1), strict=True)
+    return torch.cat([pick_for_one(q, w, keys, v, top_k) for q, w, v in alone])
+
+
+@pytest.mark.parametrize("run", [pick_blocked, pick_reference, pick_one_by_one])
 @pytest.mark.parametrize(("count", "start"), [(1, 39), (40, 0), (MAX_BLOCK + 9, 3)])
 @pytest.mark.parametrize("top_k", [1, 3, 8, 200])
 def test_of_equal_scores_the_first_entries_are_picked(run, count: int, start: int, top_k: int) -> None:

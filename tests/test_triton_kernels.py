@@ -211,12 +211,13 @@ def test_window_and_compressed_attention(
     ("queries", "heads", "width", "entries", "top_k"),
     [(7, 3, 8, 100, 5), (3, 1, 4, 9, 20), (40, 5, 20, 600, 33), (1, 2, 40, 70, 1)],
 )
+@pytest.mark.parametrize(("least", "most"), [(-1, 2), (-3, -1)])
 def test_picks_are_the_very_same_with_many_equal_scores(
-    queries: int, heads: int, width: int, entries: int, top_k: int, dtype: torch.dtype
+    queries: int, heads: int, width: int, entries: int, top_k: int, dtype: torch.dtype, least: int, most: int
 ) -> None:
-    """Small whole numbers, whose products are exact: most scores have equals, many are zero."""
+    """Small whole numbers, whose products are exact: most scores have equals, many are zero, or none is above."""
     query = torch.randint(-2, 3, (queries, heads, width)).to(DEVICE, dtype)
-    weights = torch.randint(-1, 3, (queries, heads)).to(DEVICE, dtype)
+    weights = torch.randint(least, most + 1, (queries, heads)).to(DEVICE, dtype)
     keys = torch.randint(-1, 2, (entries, width)).to(DEVICE, dtype)
     visible = torch.randint(0, entries + 1, (queries,)).to(DEVICE)
     found = []
