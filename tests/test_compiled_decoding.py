@@ -213,7 +213,7 @@ def test_generate_says_the_same_compiled(
 def test_code_knows_how_weights_lie(folder: Path) -> None:
     """What was compiled for a weight as it should lie is not run with one whose rows are columns in memory."""
     turned, straight = random_model(MIXED), random_model(MIXED)
-    projection = turned.layers[0].attention.q_proj
+    projection = turned.layers[0].attention.v_proj
     projection.weight = torch.nn.Parameter(projection.weight.detach().T.contiguous().T)
     token = draw_tokens(1, 1)
     for model in (straight, turned, straight):
@@ -225,14 +225,14 @@ def test_code_knows_how_weights_lie(folder: Path) -> None:
 @pytest.mark.parametrize("change", ["inner load", "data", "replaced", "moved"])
 def test_weights_that_are_put_elsewhere_end_it(change: str, folder: Path, runs: list[int]) -> None:
     model = random_model(MIXED).compile_decoding(folder=folder)
-    weight = model.layers[0].attention.q_proj.weight
+    weight = model.layers[0].attention.v_proj.weight
     if change == "inner load":
         state = {name: 2 * value for name, value in model.layers[0].state_dict().items()}
         model.layers[0].load_state_dict(state, assign=True)
     elif change == "data":
         weight.data = 2 * weight.data
     elif change == "replaced":
-        model.layers[0].attention.q_proj.weight = torch.nn.Parameter(2 * weight.detach())
+        model.layers[0].attention.v_proj.weight = torch.nn.Parameter(2 * weight.detach())
     else:
         model.double()
     token = draw_tokens(1, 1)
