@@ -24,6 +24,7 @@ from kvell import Cache, Decoder, ModelConfig, kernels
 from kvell.cli import main
 from kvell.decoding import compiled as compiling
 from kvell.errors import InputError
+from kvell.kernels import linear
 
 
 @pytest.fixture(scope="module")
@@ -88,8 +89,10 @@ def test_compiled_code_gives_the_models_logits(kind: str, batches: list[int], fo
     assert runs == [1] * 16 * batches.count(1) + [2] * 6 * batches.count(2)
 
 
-def test_bf16_stays_near_the_models_own(folder: Path) -> None:
-    """Compiled code rounds less often: it is no further from fp32's logits."""
+@pytest.mark.parametrize("large", [0, 1 << 18])
+def test_bf16_stays_near_the_models_own(large: int, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Compiled code rounds less often: it is no further from fp32's logits, with products called or compiled."""
+    monkeypatch.setattr(linear, "LARGE", large)
     exact = random_model(MIXED)
     model = copy.deepcopy(exact).bfloat16()
     compiled = copy.deepcopy(model).compile_decoding(folder=folder)

@@ -20,6 +20,8 @@ from kvell.kernels.choice import reference_wanted
 WIDENED_FROM = 8
 # Rows of a weight matrix that are widened at once.
 TILE = 1024
+# Numbers of a matrix from which its product with one row is called rather than compiled.
+LARGE = 1 << 18
 
 
 def linear(
@@ -47,8 +49,13 @@ def multiplies_bf16() -> bool:
 def _of_one_row(
     x: Float[Tensor, "*ones in"], weight: Float[Tensor, "out in"], bias: Float[Tensor, " out"] | None
 ) -> Float[Tensor, "*ones out"]:
-    times = torch.ops.kvell.times_row if torch.compiler.is_compiling() else _times_row
-    y: Tensor = times(weight, x.reshape(-1), bias)
+    row = x.reshape(-1)
+    if not torch.compiler.is_compiling():
+        y = _times_row(weight, row, bias)
+    elif weight.numel() < LARGE:
+        y = _times_row(weight, kept(row), bias)
+    else:
+        y = torch.ops.kvell.times_row(weight, row, bias)
     return y.view(*x.shape[:-1], -1)
 
 
@@ -58,7 +65,7 @@ def _times_row(
     return torch.mv(weight, row) if bias is None else torch.addmv(bias, weight, row)
 
 
-# torch's compiler would take the product apart, into a loop that is slower.
+# torch's compiler takes the product apart into a loop, which for a large matrix is slower.
 _library = torch.library.Library("kvell", "FRAGMENT")
 _library.define("times_row(Tensor weight, Tensor row, Tensor? bias) -> Tensor")
 _library.impl("times_row", _times_row, "CPU")
