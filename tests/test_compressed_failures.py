@@ -18,9 +18,12 @@ import kvell
 from kvell import Cache, Decoder, ModelConfig, kernels
 from kvell.config import LayerConfig
 from kvell.families import parse_config
+from kvell.kernels import compressed as compressed_kernels
 from kvell.kernels.compressed import (
     MAX_BLOCK,
+    WINDOW_BLOCK,
     compressed_attention_blocked,
+    compressed_attention_joined,
     compressed_attention_reference,
     pick_blocked,
     pick_for_one,
@@ -533,6 +536,19 @@ def test_top_k_is_that_of_a_stable_sort(width: int, values: int) -> None:
             assert chosen.tolist() == [sorted(row) for row in wanted]
 
 
+@pytest.mark.parametrize("values", [2, 9000, 2**24])
+@pytest.mark.parametrize("width", [4096, 4099, 9001])
+def test_top_k_of_long_rows_is_that_of_a_stable_sort(width: int, values: int) -> None:
+    """Rows that are chosen from by groups: a score too many in one of them, and those beyond the last, are found."""
+    scores = torch.randint(0, values, (30, width)).float()
+    scores[:10, -7:] += values
+    scores[10:20, 8::512] += values
+    scores[torch.rand(30, width) < 0.2] = float("-inf")
+    for k in (1, 8, 60, 84):
+        wanted = scores.sort(dim=1, descending=True, stable=True).indices[:, :k].sort(dim=1).values
+        assert torch.equal(top_k_ascending(scores, k), wanted)
+
+
 def test_top_k_without_asking_keeps_every_bit_of_the_order() -> None:
     """Of numbers next to each other, the smallest and the largest there are."""
     ordered = [-torch.inf, -3.4e38, -1.0000001, -1.0, -1e-45, 0.0, 1e-45, 1.0, 1.0000001, 3.4e38, torch.inf]
@@ -545,7 +561,9 @@ def test_top_k_without_asking_keeps_every_bit_of_the_order() -> None:
 
 
 @pytest.mark.parametrize("entries", [3, 12, 90])
-@pytest.mark.parametrize("run", [compressed_attention_blocked, compressed_attention_reference])
+@pytest.mark.parametrize(
+    "run", [compressed_attention_blocked, compressed_attention_joined, compressed_attention_reference]
+)
 def test_a_pick_of_minus_one_is_no_entry(run, entries: int) -> None:
     """It must not be looked up from the end, and must have no weight; where all are -1 only the window is seen. Many
     entries are gathered by each query, few are masked: the same for both."""
@@ -575,6 +593,31 @@ def _lazy_memory() -> Iterator[None]:
 
 
 @pytest.mark.usefixtures("_lazy_memory")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+@pytest.mark.parametrize("entries", [0, 3, 12, 90])
+@pytest.mark.parametrize("before", [0, 1, 5, 6, 9])
+@pytest.mark.parametrize("count", [2, WINDOW_BLOCK, WINDOW_BLOCK + 1, 3 * WINDOW_BLOCK - 5])
+def test_windows_and_entries_joined_are_one_softmax(
+    count: int, before: int, entries: int, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Blocks that begin before the sequence, end behind it, or see no entry yet, as the first queries do not."""
+    monkeypatch.setattr(compressed_kernels, "BLOCK_NUMBERS", 1000)
+    query, rows, far = (
+        torch.randn(*shape, dtype=dtype) for shape in ((count, 3, 8), (before + count, 8), (entries, 8))
+    )
+    visible = (torch.arange(count) * (entries + 1) // count).clamp(max=entries)
+    picks = torch.full((count, 4), -1)
+    for t in range(count):
+        some = torch.randperm(int(visible[t]))[:4].sort().values
+        picks[t, : len(some)] = some
+    for chosen in (None, picks):
+        arguments = (query, rows, far, visible, chosen, 3 * torch.randn(3))
+        ours = compressed_attention_joined(*arguments, scale=0.5, window=7)
+        wanted = compressed_attention_reference(*arguments, scale=0.5, window=7)
+        assert ours.dtype == dtype
+        torch.testing.assert_close(ours, wanted, atol=3e-2 if dtype is torch.bfloat16 else 1e-5, rtol=0)
+
+
 def test_rows_beyond_two_to_the_31_numbers_are_found() -> None:
     """Places computed in int32 overflow there. The stream's memory is reserved and never touched but at its ends."""
     width, last = 512, 2**31 // 512 + 100

@@ -171,6 +171,11 @@ def scaled_dot_product_flops(query: list[int], key: list[int], value: list[int],
     return 2 * batch * heads * queries * key[2] * (width + value[3])
 
 
+def added_products_flops(to: list[int], left: list[int], right: list[int], *_: object, **__: object) -> int:
+    """Of products added up in place: torch's counter knows them out of place alone."""
+    return 2 * left[0] * left[1] * left[2] * right[2]
+
+
 def depthwise_of_a_token(config: ModelConfig) -> int:
     """FLOPs of a token's depthwise convolutions: multiply-adds on the CPU, which torch does not count."""
     attentions = [layer.attention for layer in config.layers]
@@ -185,7 +190,10 @@ def test_a_decoded_token_of_the_fast_kernels_takes_the_flops_planned(
     monkeypatch.setattr("kvell.layers.experts.experts", own)
     config = parse_config(FAMILIES[family])
     model, tokens = random_model(config), torch.randint(0, config.vocab_size, (1, TOKENS))
-    mapping = {torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: scaled_dot_product_flops}
+    mapping = {
+        torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: scaled_dot_product_flops,
+        torch.ops.aten.baddbmm_: added_products_flops,
+    }
     cache = model.make_cache()
     with torch.no_grad():
         model(tokens, cache=cache)

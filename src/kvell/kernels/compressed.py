@@ -29,6 +29,8 @@ BLOCK_NUMBERS = 1 << 22
 MAX_BLOCK = 128
 # Gathering a query's own entries costs more per entry than multiplying with all of them and masking most.
 GATHER_FROM = 4
+# Queries whose windows are cut out together: the fewer, the less of what is cut out is masked again.
+WINDOW_BLOCK = 64
 
 
 def compressed_attention(
@@ -49,8 +51,11 @@ def compressed_attention(
         return in_triton(query, rows, entries, visible, picks, sink, scale=scale, window=window)
     if reference_wanted():
         run = compressed_attention_reference
+    elif query.shape[0] == 1:
+        run = compressed_attention_of_one
     else:
-        run = compressed_attention_of_one if query.shape[0] == 1 else compressed_attention_blocked
+        joined = query.device.type == "cpu" and not torch.is_grad_enabled()
+        run = compressed_attention_joined if joined else compressed_attention_blocked
     return run(query, rows, entries, visible, picks, sink, scale=scale, window=window)
 
 
@@ -95,7 +100,7 @@ def compressed_attention_of_one(
         weights = torch.cat(scores, dim=1).softmax(-1).to(q.dtype)
         return (weights[:, 1:] @ near)[None]
     # Picks ascend, and those of none stand behind them.
-    far = entries[:seen] if picks is None else entries[picks[0, : min(seen, picks.shape[1])]]
+    far = entries[:seen] if picks is None else entries.index_select(0, picks[0, : min(seen, picks.shape[1])])
     weights = torch.cat([*scores, (q @ far.T).float()], dim=1).softmax(-1).to(q.dtype)
     return torch.addmm(weights[:, 1:stop] @ near, weights[:, stop:], far)[None]
 
@@ -117,6 +122,93 @@ def compressed_attention_blocked(
         for near, far, near_weights, far_weights in _blocks(query, rows, entries, visible, picks, sink, scale, window)
     ]
     return outputs[0] if len(outputs) == 1 else torch.cat(outputs)
+
+
+def compressed_attention_joined(
+    query: Float[Tensor, "n H D"],
+    rows: Float[Tensor, "S D"],
+    entries: Float[Tensor, "E D"],
+    visible: Int[Tensor, " n"],
+    picks: Int[Tensor, "n P"] | None,
+    sink: Float[Tensor, " H"],
+    *,
+    scale: float,
+    window: int,
+) -> Float[Tensor, "n H D"]:
+    """Window and entries each in torch's streaming attention of the CPU; the two and the sink are joined by the sums
+    of their exponentials. Those have no gradients, so neither has this."""
+    y, total = _over_windows(query, rows, scale, window)
+    if not int(visible.max()):
+        return (y * (total - sink).sigmoid()[..., None]).to(query.dtype)
+    far_y, far_total = _over_entries(query, entries, visible, picks, scale)
+    shares = torch.stack([total, far_total, sink.float().expand_as(total)], dim=2).softmax(2)
+    return (y * shares[..., :1] + far_y * shares[..., 1:2]).to(query.dtype)
+
+
+def _over_windows(
+    query: Float[Tensor, "n H D"], rows: Float[Tensor, "S D"], scale: float, window: int
+) -> tuple[Float[Tensor, "n H D"], Float[Tensor, "n H"]]:
+    """Every query over its window, and the logarithm of its exponentials' sum. All blocks of queries see as many
+    rows: before a sequence's beginning and behind its end stand rows of zeros."""
+    count, heads, _ = query.shape
+    block = min(WINDOW_BLOCK, count)
+    blocks = -(-count // block)
+    behind, reach = blocks * block - count, block + window - 1
+    there = rows[-(count + window - 1) :]
+    before = count + window - 1 - len(there)
+    near = F.pad(there, (0, 0, before, behind)).unfold(0, reach, block).mT
+    own = F.pad(query, (0, 0, 0, 0, 0, behind)).unflatten(0, (blocks, block)).transpose(1, 2)
+    mask = torch.ones(1, block, reach, dtype=torch.bool).tril(window - 1).triu()
+    if before:
+        place = torch.arange(blocks)[:, None] * block + torch.arange(reach)
+        mask = mask & (place >= before)[:, None]
+    y, total = _streamed(own, near[:, None].expand(-1, heads, -1, -1), mask[:, None], scale)
+    return y.transpose(1, 2).flatten(0, 1)[:count], total.transpose(1, 2).flatten(0, 1)[:count]
+
+
+def _over_entries(
+    query: Float[Tensor, "n H D"],
+    entries: Float[Tensor, "E D"],
+    visible: Int[Tensor, " n"],
+    picks: Int[Tensor, "n P"] | None,
+    scale: float,
+) -> tuple[Float[Tensor, "n H D"], Float[Tensor, "n H"]]:
+    """Every query over its entries, and the logarithm of its exponentials' sum: of none, minus infinity."""
+    outputs, totals = [], []
+    gather = picks is not None and len(entries) > GATHER_FROM * picks.shape[1]
+    numbers = picks.shape[1] * query.shape[2] if picks is not None and gather else len(entries)
+    size = max(BLOCK_NUMBERS // numbers, 1)
+    for start in range(0, len(query), size):
+        block = slice(start, start + size)
+        own, seen, chosen = query[block], visible[block], None if picks is None else picks[block]
+        if chosen is not None and gather:
+            far, mask = F.embedding(chosen.clamp_min(0), entries), chosen >= 0
+        else:
+            far = entries[: max(int(seen.max()), 1)]
+            mask = _allowed(seen, chosen, len(far))
+        # What torch makes of a query that sees nothing is not said: it sees something, which counts for nothing.
+        blind = ~mask.any(1, keepdim=True)
+        mask = mask | blind
+        if far.dim() == 3:
+            y, total = (found[:, 0] for found in _streamed(own[:, None], far[:, None], mask[:, None, None], scale))
+        else:
+            shared = far.expand(1, query.shape[1], -1, -1)
+            y, total = (
+                found[0].transpose(0, 1) for found in _streamed(own.transpose(0, 1)[None], shared, mask, scale)
+            )
+        outputs.append(y)
+        totals.append(total.masked_fill(blind, float("-inf")))
+    return (outputs[0], totals[0]) if len(outputs) == 1 else (torch.cat(outputs), torch.cat(totals))
+
+
+def _streamed(
+    query: Float[Tensor, "B H n D"], attended: Float[Tensor, "B H S D"], mask: Bool[Tensor, "*shape"], scale: float
+) -> tuple[Float[Tensor, "B H n D"], Float[Tensor, "B H n"]]:
+    """torch's streaming attention and the logarithms of its sums; keys are values."""
+    bias = torch.zeros(mask.shape, dtype=query.dtype).masked_fill_(~mask, float("-inf"))
+    flash = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
+    y, total = flash(query, attended, attended, attn_mask=bias, scale=scale)
+    return y, total
 
 
 @torch.no_grad()
@@ -188,6 +280,8 @@ def index_scores(
     query: Float[Tensor, "n H D"], weights: Float[Tensor, "n H"], keys: Float[Tensor, "E D"]
 ) -> Float[Tensor, "n E"]:
     """The indexer's score of every entry for every query, fp32."""
+    if query.shape[0] == 1:
+        return weights.float() @ (query[0].float() @ keys.float().T).relu_()
     relevant = (query.float() @ keys.float().T).relu_()
     return (weights.float()[:, None] @ relevant).squeeze(1)
 
@@ -238,7 +332,8 @@ def pick_for_one(
     """A single query: nothing to mask."""
     seen = int(visible)
     best = top_k_ascending(index_scores(query, weights, keys[:seen]), min(top_k, seen))
-    return F.pad(best, (0, min(top_k, len(keys)) - best.shape[1]), value=-1)
+    missing = min(top_k, len(keys)) - best.shape[1]
+    return F.pad(best, (0, missing), value=-1) if missing else best
 
 
 def pick_blocked(
@@ -258,7 +353,10 @@ def pick_blocked(
         if most == 0:
             continue
         scores = index_scores(query[block], weights[block], keys[:most])
-        scores = scores.masked_fill_(torch.arange(most, device=seen.device) >= seen[:, None], float("-inf"))
+        # What all of the block see needs no mask.
+        least = int(seen.min())
+        newest = torch.arange(least, most, device=seen.device)
+        scores[:, least:].masked_fill_(newest >= seen[:, None], float("-inf"))
         best = top_k_ascending(scores, min(top_k, most))
         picks[block, : best.shape[1]] = torch.where(best < seen[:, None], best, -1)
     return picks

@@ -100,7 +100,7 @@ def convolve_as_products(
 ) -> Float[Tensor, "V channels"]:
     """The first as a multiply-add for each place of its kernel, the second as one product for each head."""
     width, taps = grouped.shape[1:]
-    length = len(laid) - depthwise.shape[2] + 1
+    length = laid.shape[0] - depthwise.shape[2] + 1
     y = depthwise_bias
     for place, weight in enumerate(depthwise[:, 0].unbind(1)):
         y = torch.addcmul(y, laid[place : place + length], weight)
@@ -122,7 +122,7 @@ def _heads_of(
 ) -> tuple[Float[Tensor, "T H D"], Float[Tensor, "T K D"]]:
     """Everything behind the convolutions. Outputs that would look across a sequence's beginning are those of its
     first `reach` rows, which nobody asks for."""
-    reach, channels = len(laid) - len(convolved), laid.shape[1]
+    reach, channels = laid.shape[0] - convolved.shape[0], laid.shape[1]
     rows = laid[reach:]
     if len(counts) > 1:
         # Output i is about row i + reach: between two sequences stand `reach` outputs about neither.

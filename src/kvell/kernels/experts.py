@@ -150,14 +150,14 @@ def experts_grouped(
     num_experts = gate_up.shape[0]
     counts = torch.bincount(chosen.flatten(), minlength=num_experts + 1).tolist()
     outputs = []
-    for expert, rows in enumerate(x[token].split(counts)):
+    for expert, rows in enumerate(F.embedding(token, x).split(counts)):
         if expert == num_experts:
             outputs.append(torch.zeros_like(rows))
         elif len(rows):
             gate, up = linear(rows, gate_up[expert]).chunk(2, dim=-1)
             outputs.append(linear(unit(gate, up), down[expert]))
     # Back in the tokens' order and summed there: adding up in place would depend on the device's timing.
-    return (torch.cat(outputs)[order.argsort()].unflatten(0, chosen.shape) * weights[:, :, None]).sum(1)
+    return (weights[:, None] @ F.embedding(order.argsort(), torch.cat(outputs)).unflatten(0, chosen.shape)).squeeze(1)
 
 
 def _summed(

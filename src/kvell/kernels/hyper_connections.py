@@ -41,7 +41,7 @@ def hyper_write(
     if triton_wanted(h):
         from kvell.kernels.triton.hyper_connections import hyper_write as run
     else:
-        run = hyper_write_reference
+        run = hyper_write_reference if reference_wanted() else hyper_write_in_place
     return run(h, y, post, mix)
 
 
@@ -83,14 +83,14 @@ def hyper_read_by_columns(
     numbers behind the projection instead of the many before it."""
     streams = h.shape[1]
     flat = h.flatten(1).float()
-    shrink = (flat.square().mean(1, keepdim=True) + norm_eps).rsqrt()
+    shrink = (torch.linalg.vector_norm(flat, dim=1, keepdim=True).square() / flat.shape[1] + norm_eps).rsqrt()
     factors = torch.cat([factor.expand(n) for factor, n in zip(scale, (streams, streams, streams**2), strict=True)])
     numbers = torch.addcmul(base, F.linear(flat, weight) * shrink, factors)
     gates, mix = numbers[:, : 2 * streams].sigmoid(), numbers[:, 2 * streams :]
     if iterations is not None:
-        mix = (
-            _sinkhorn_by_columns(mix.T.contiguous().unflatten(0, (streams, streams)), iterations, eps).flatten(0, 1).T
-        )
+        by_columns = _sinkhorn_by_columns(mix.T.contiguous().unflatten(0, (streams, streams)), iterations, eps)
+        # Laid out by tokens again: a product of many small matrices that are not takes ten times as long.
+        mix = by_columns.flatten(0, 1).T.contiguous()
     return collapse(gates[:, :streams] + eps, h), 2 * gates[:, streams:], mix.unflatten(1, (streams, streams))
 
 
@@ -116,6 +116,14 @@ def hyper_write_reference(
     """The same in plain torch."""
     placed = post[:, :, None] * y.float()[:, None]
     return placed.baddbmm(mix.transpose(1, 2), h.float()).to(h.dtype)
+
+
+def hyper_write_in_place(
+    h: Float[Tensor, "T N C"], y: Float[Tensor, "T C"], post: Float[Tensor, "T N"], mix: Float[Tensor, "T N N"]
+) -> Float[Tensor, "T N C"]:
+    """The mixed streams are added to where the block's output was placed."""
+    placed = post[:, :, None] * y.float()[:, None]
+    return placed.baddbmm_(mix.transpose(1, 2), h.float()).to(h.dtype)
 
 
 def sinkhorn(logits: Float[Tensor, "T N N"], iterations: int, eps: float) -> Float[Tensor, "T N N"]:

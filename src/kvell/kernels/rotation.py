@@ -27,8 +27,13 @@ def rotate_reference(
     """The same in plain torch."""
     pairs = cos.shape[-1]
     halves = x[..., : 2 * pairs].unflatten(-1, (2, pairs))
-    sin = torch.stack([-sin, sin], dim=1)[:, None]
-    turned = torch.addcmul(halves * cos[:, None, None], halves.flip(-2), sin).flatten(-2)
+    turned = halves * cos[:, None, None]
+    if torch.is_grad_enabled() or torch.compiler.is_compiling():
+        turned = torch.addcmul(turned, halves.flip(-2), torch.stack([-sin, sin], dim=1)[:, None])
+    else:  # without a copy of what is turned over
+        turned[..., 0, :].addcmul_(halves[..., 1, :], sin[:, None], value=-1)
+        turned[..., 1, :].addcmul_(halves[..., 0, :], sin[:, None])
+    turned = turned.flatten(-2)
     return turned if 2 * pairs == x.shape[-1] else torch.cat([turned, x[..., 2 * pairs :]], dim=-1)
 
 
@@ -48,13 +53,17 @@ def rotate_last_reference(
 ) -> Float[Tensor, "T heads D"]:
     """The same in plain torch."""
     width = 2 * cos.shape[-1]
-    pairs = x[..., -width:].to(cos.dtype).unflatten(-1, (-1, 2))
     if torch.compiler.is_compiling():  # torch's compiler has no complex numbers
+        pairs = x[..., -width:].to(cos.dtype).unflatten(-1, (-1, 2))
         (a, b), c, s = pairs.unbind(-1), cos[:, None], sin[:, None]
         both = torch.stack([a * c - b * s, b * c + a * s], dim=-1).flatten(-2)
         return torch.cat([x[..., :-width], both.to(x.dtype)], dim=-1)
-    # A pair is a complex number, and turning it one product.
-    turned = torch.complex(*pairs.unbind(-1)) * torch.complex(cos, sin)[:, None]
-    y = x.clone()
-    y[..., -width:] = torch.view_as_real(turned).flatten(-2)
+    # A pair is a complex number, and turning it one product: in place, where they lie as such.
+    y = x.clone(memory_format=torch.contiguous_format)
+    turning = y[..., -width:]
+    in_place = y.dtype == cos.dtype and y.shape[-1] % 2 == 0
+    wide = turning if in_place else turning.to(cos.dtype, copy=True, memory_format=torch.contiguous_format)
+    torch.view_as_complex(wide.unflatten(-1, (-1, 2))).mul_(torch.complex(cos, sin)[:, None])
+    if not in_place:
+        turning.copy_(wide)
     return y

@@ -15,17 +15,38 @@ def top_k_ascending(scores: Float[Tensor, "R N"], k: int) -> Int[Tensor, "R k"]:
     """The same choice, its indices in ascending order: for long rows, without sorting them."""
     if k >= scores.shape[1]:
         return torch.arange(scores.shape[1], device=scores.device).expand_as(scores)
-    best = scores.topk(k + 1)
-    chosen = best.indices[:, :k].sort(dim=1).values
+    values, places = _largest(scores, k + 1)
+    chosen = places[:, :k].sort(dim=1).values
     # Which k they are is only in doubt where the last one in equals the first one out.
-    tied = (best.values[:, k - 1] == best.values[:, k]).nonzero().flatten()
+    tied = (values[:, k - 1] == values[:, k]).nonzero().flatten()
     if len(tied):
-        rows, last = scores[tied], best.values[tied, k - 1 : k]
+        rows, last = scores[tied], values[tied, k - 1 : k]
         above, level = rows > last, rows == last
         wanted = k - above.sum(dim=1, keepdim=True)
         among = above | (level & (level.cumsum(dim=1) <= wanted))
         chosen[tied] = among.nonzero()[:, 1].view(len(tied), k)
     return chosen
+
+
+def _largest(scores: Float[Tensor, "R N"], k: int) -> tuple[Float[Tensor, "R k"], Int[Tensor, "R k"]]:
+    """`scores.topk(k)`, up to its choice among equals.
+
+    Many long rows are divided into groups, so many that the k with the largest maxima hold the k largest scores and
+    few besides: finding maxima is fast on a CPU, and choosing from many is not.
+    """
+    rows, length = scores.shape
+    if scores.is_cuda or rows * length < 1 << 15 or length < 16 * k:
+        found = scores.topk(k)
+        return found.values, found.indices
+    members = 8 if length >= 48 * k else 4
+    groups = length // members
+    grouped = scores[:, : members * groups].unflatten(1, (members, groups))
+    best = grouped.amax(1).topk(k, sorted=False).indices
+    within = (best[:, None] + groups * torch.arange(members)[:, None]).flatten(1)
+    left_over = torch.arange(members * groups, length).expand(rows, -1)
+    candidates = torch.cat([within, left_over], dim=1)
+    found = scores.gather(1, candidates).topk(k)
+    return found.values, candidates.gather(1, found.indices)
 
 
 def ranked(scores: Float[Tensor, "R N"]) -> Int[Tensor, "R N"]:

@@ -220,7 +220,7 @@ class ConvolutionalAttention(nn.Module):
         config = self.config
         own_keys, reach = config.kv_source is None, config.reach
         rows = torch.cat([self.q_proj(x), self.k_proj(x)], dim=1) if own_keys else self.q_proj(x)
-        length = len(rows) + reach * len(step.counts)
+        length = rows.shape[0] + reach * len(step.counts)
         laid = step.apart(self._laid, rows, shape=(length, config.channels))
         cos, sin = None, None
         if config.rotary is not None:

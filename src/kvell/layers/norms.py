@@ -21,12 +21,21 @@ class RMSNorm(nn.Module):
 
     def forward(self, x: Float[Tensor, "*shape width"]) -> Float[Tensor, "*shape width"]:
         weight = self.weight
+        if x.device.type == "cpu" and len(x) > 1 and not (torch.is_grad_enabled() or torch.compiler.is_compiling()):
+            return self._of_many_rows(x)
         same = weight is None or weight.dtype == x.dtype
         # On CUDA torch has one kernel for bf16, which computes in fp32 and rounds nothing but the result, as below.
         if same and (x.dtype == torch.float32 or (x.is_cuda and x.dtype == torch.bfloat16)):
             return nn.functional.rms_norm(x, (self.width,), weight, self.eps)
         wide = None if weight is None else weight.float()
         return nn.functional.rms_norm(x.float(), (self.width,), wide, self.eps).to(x.dtype)
+
+    def _of_many_rows(self, x: Float[Tensor, "*shape width"]) -> Float[Tensor, "*shape width"]:
+        """On the CPU torch's own writes the squares down; it is faster for one row alone."""
+        wide = x.float()
+        mean_square = torch.linalg.vector_norm(wide, dim=-1, keepdim=True).square_().div_(self.width)
+        y = wide * mean_square.add_(self.eps).rsqrt_()
+        return (y if self.weight is None else y.mul_(self.weight)).to(x.dtype)
 
     def extra_repr(self) -> str:
         return f"{self.width}, eps={self.eps}, weighted={self.weight is not None}"
