@@ -158,9 +158,10 @@ def _over_windows(
     before = count + window - 1 - len(there)
     near = F.pad(there, (0, 0, before, behind)).unfold(0, reach, block).mT
     own = F.pad(query, (0, 0, 0, 0, 0, behind)).unflatten(0, (blocks, block)).transpose(1, 2)
-    mask = torch.ones(1, block, reach, dtype=torch.bool).tril(window - 1).triu()
+    mask = torch.ones(1, block, reach, dtype=torch.bool, device=query.device).tril(window - 1).triu()
     if before:
-        place = torch.arange(blocks)[:, None] * block + torch.arange(reach)
+        place = torch.arange(0, blocks * block, block, device=query.device)[:, None]
+        place = place + torch.arange(reach, device=query.device)
         mask = mask & (place >= before)[:, None]
     y, total = _streamed(own, near[:, None].expand(-1, heads, -1, -1), mask[:, None], scale)
     return y.transpose(1, 2).flatten(0, 1)[:count], total.transpose(1, 2).flatten(0, 1)[:count]
@@ -205,7 +206,7 @@ def _streamed(
     query: Float[Tensor, "B H n D"], attended: Float[Tensor, "B H S D"], mask: Bool[Tensor, "*shape"], scale: float
 ) -> tuple[Float[Tensor, "B H n D"], Float[Tensor, "B H n"]]:
     """torch's streaming attention and the logarithms of its sums; keys are values."""
-    bias = torch.zeros(mask.shape, dtype=query.dtype).masked_fill_(~mask, float("-inf"))
+    bias = query.new_zeros(mask.shape).masked_fill_(~mask, float("-inf"))
     flash = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
     y, total = flash(query, attended, attended, attn_mask=bias, scale=scale)
     return y, total

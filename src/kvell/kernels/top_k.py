@@ -35,15 +35,16 @@ def _largest(scores: Float[Tensor, "R N"], k: int) -> tuple[Float[Tensor, "R k"]
     few besides: finding maxima is fast on a CPU, and choosing from many is not.
     """
     rows, length = scores.shape
-    if scores.is_cuda or rows * length < 1 << 15 or length < 16 * k:
+    if scores.device.type != "cpu" or rows * length < 1 << 18 or length < 16 * k:
         found = scores.topk(k)
         return found.values, found.indices
     members = 8 if length >= 48 * k else 4
     groups = length // members
     grouped = scores[:, : members * groups].unflatten(1, (members, groups))
     best = grouped.amax(1).topk(k, sorted=False).indices
-    within = (best[:, None] + groups * torch.arange(members)[:, None]).flatten(1)
-    left_over = torch.arange(members * groups, length).expand(rows, -1)
+    places = torch.arange(length, device=scores.device)
+    within = (best[:, None] + places[: members * groups : groups, None]).flatten(1)
+    left_over = places[members * groups :].expand(rows, -1)
     candidates = torch.cat([within, left_over], dim=1)
     found = scores.gather(1, candidates).topk(k)
     return found.values, candidates.gather(1, found.indices)
