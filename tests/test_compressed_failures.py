@@ -544,7 +544,7 @@ def test_top_k_of_long_rows_is_that_of_a_stable_sort(width: int, values: int) ->
     scores[:10, -7:] += values
     scores[10:20, 8::512] += values
     scores[torch.rand(30, width) < 0.2] = float("-inf")
-    for k in (1, 8, 60, 84):
+    for k in (1, 8, 60, 84, 150):
         wanted = scores.sort(dim=1, descending=True, stable=True).indices[:, :k].sort(dim=1).values
         assert torch.equal(top_k_ascending(scores, k), wanted)
 
@@ -592,7 +592,6 @@ def _lazy_memory() -> Iterator[None]:
     torch.utils.deterministic.fill_uninitialized_memory = before
 
 
-@pytest.mark.usefixtures("_lazy_memory")
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
 @pytest.mark.parametrize("entries", [0, 3, 12, 90])
 @pytest.mark.parametrize("before", [0, 1, 5, 6, 9])
@@ -618,6 +617,29 @@ def test_windows_and_entries_joined_are_one_softmax(
         torch.testing.assert_close(ours, wanted, atol=3e-2 if dtype is torch.bfloat16 else 1e-5, rtol=0)
 
 
+def test_keys_are_read_where_they_lie() -> None:
+    """torch's streaming attention takes it on trust that a row's numbers lie side by side."""
+    query, rows, far = (torch.randn(shape).mT.contiguous().mT for shape in ((70, 3, 8), (75, 8), (90, 8)))
+    sink, visible = torch.randn(3), torch.full((70,), 90)
+    for picks in (None, torch.arange(4).expand(70, -1)):
+        ours, wanted = (
+            run(query, rows, far, visible, picks, sink, scale=0.5, window=7)
+            for run in (compressed_attention_joined, compressed_attention_reference)
+        )
+        torch.testing.assert_close(ours, wanted, atol=1e-5, rtol=0)
+
+
+def test_a_cache_can_be_filled_under_autocast(released_ratios: Decoder) -> None:
+    """Queries are bf16 there, and what the cache holds is not."""
+    tokens = tokens_of(300)[None]
+    with unchecked(), torch.no_grad():
+        wanted = released_ratios(tokens)
+        with torch.autocast("cpu", torch.bfloat16):
+            found = released_ratios(tokens, cache=released_ratios.make_cache())
+    assert torch.cosine_similarity(found.float(), wanted, dim=-1).mean() > 0.99
+
+
+@pytest.mark.usefixtures("_lazy_memory")
 def test_rows_beyond_two_to_the_31_numbers_are_found() -> None:
     """Places computed in int32 overflow there. The stream's memory is reserved and never touched but at its ends."""
     width, last = 512, 2**31 // 512 + 100

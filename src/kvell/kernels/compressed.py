@@ -54,7 +54,8 @@ def compressed_attention(
     elif query.shape[0] == 1:
         run = compressed_attention_of_one
     else:
-        joined = query.device.type == "cpu" and not torch.is_grad_enabled()
+        alike = query.dtype == rows.dtype == entries.dtype  # which they are not under autocast, with a cache
+        joined = query.device.type == "cpu" and alike and not torch.is_grad_enabled()
         run = compressed_attention_joined if joined else compressed_attention_blocked
     return run(query, rows, entries, visible, picks, sink, scale=scale, window=window)
 
@@ -150,21 +151,23 @@ def _over_windows(
 ) -> tuple[Float[Tensor, "n H D"], Float[Tensor, "n H"]]:
     """Every query over its window, and the logarithm of its exponentials' sum. All blocks of queries see as many
     rows: before a sequence's beginning and behind its end stand rows of zeros."""
-    count, heads, _ = query.shape
+    count = len(query)
     block = min(WINDOW_BLOCK, count)
     blocks = -(-count // block)
     behind, reach = blocks * block - count, block + window - 1
     there = rows[-(count + window - 1) :]
     before = count + window - 1 - len(there)
     near = F.pad(there, (0, 0, before, behind)).unfold(0, reach, block).mT
-    own = F.pad(query, (0, 0, 0, 0, 0, behind)).unflatten(0, (blocks, block)).transpose(1, 2)
+    own = F.pad(query, (0, 0, 0, 0, 0, behind)).unflatten(0, (blocks, block))
     mask = torch.ones(1, block, reach, dtype=torch.bool, device=query.device).tril(window - 1).triu()
-    if before:
-        place = torch.arange(0, blocks * block, block, device=query.device)[:, None]
-        place = place + torch.arange(reach, device=query.device)
-        mask = mask & (place >= before)[:, None]
-    y, total = _streamed(own, near[:, None].expand(-1, heads, -1, -1), mask[:, None], scale)
-    return y.transpose(1, 2).flatten(0, 1)[:count], total.transpose(1, 2).flatten(0, 1)[:count]
+    # The first blocks reach back to before the beginning, each from another place.
+    first = min(-(-before // block), blocks)
+    begins = torch.arange(0, first * block, block, device=query.device)[:, None, None]
+    begun = mask & (begins + torch.arange(reach, device=query.device) >= before)
+    cuts = [(own[:first], near[:first], begun), (own[first:], near[first:], mask)]
+    found = [_streamed(*cut, scale) for cut in cuts if len(cut[0])]
+    y, total = found[0] if len(found) == 1 else (torch.cat(parts) for parts in zip(*found, strict=True))
+    return y.flatten(0, 1)[:count], total.flatten(0, 1)[:count]
 
 
 def _over_entries(
@@ -177,39 +180,42 @@ def _over_entries(
     """Every query over its entries, and the logarithm of its exponentials' sum: of none, minus infinity."""
     outputs, totals = [], []
     gather = picks is not None and len(entries) > GATHER_FROM * picks.shape[1]
-    numbers = picks.shape[1] * query.shape[2] if picks is not None and gather else len(entries)
+    heads, width = query.shape[1:]
+    numbers = picks.shape[1] * width if picks is not None and gather else heads * len(entries)
     size = max(BLOCK_NUMBERS // numbers, 1)
     for start in range(0, len(query), size):
         block = slice(start, start + size)
         own, seen, chosen = query[block], visible[block], None if picks is None else picks[block]
         if chosen is not None and gather:
             far, mask = F.embedding(chosen.clamp_min(0), entries), chosen >= 0
+            blocks = own[:, None]  # of one query each
         else:
-            far = entries[: max(int(seen.max()), 1)]
-            mask = _allowed(seen, chosen, len(far))
+            far = entries[None, : max(int(seen.max()), 1)]
+            mask = _allowed(seen, chosen, far.shape[1])
+            blocks = own[None]
         # What torch makes of a query that sees nothing is not said: it sees something, which counts for nothing.
         blind = ~mask.any(1, keepdim=True)
-        mask = mask | blind
-        if far.dim() == 3:
-            y, total = (found[:, 0] for found in _streamed(own[:, None], far[:, None], mask[:, None, None], scale))
-        else:
-            shared = far.expand(1, query.shape[1], -1, -1)
-            y, total = (
-                found[0].transpose(0, 1) for found in _streamed(own.transpose(0, 1)[None], shared, mask, scale)
-            )
-        outputs.append(y)
-        totals.append(total.masked_fill(blind, float("-inf")))
+        y, total = _streamed(blocks, far, (mask | blind).view(*blocks.shape[:2], -1), scale)
+        outputs.append(y.view_as(own))
+        totals.append(total.view(own.shape[:2]).masked_fill(blind, float("-inf")))
     return (outputs[0], totals[0]) if len(outputs) == 1 else (torch.cat(outputs), torch.cat(totals))
 
 
 def _streamed(
-    query: Float[Tensor, "B H n D"], attended: Float[Tensor, "B H S D"], mask: Bool[Tensor, "*shape"], scale: float
-) -> tuple[Float[Tensor, "B H n D"], Float[Tensor, "B H n"]]:
-    """torch's streaming attention and the logarithms of its sums; keys are values."""
-    bias = query.new_zeros(mask.shape).masked_fill_(~mask, float("-inf"))
+    query: Float[Tensor, "B b H D"], attended: Float[Tensor, "B S D"], mask: Bool[Tensor, "_ b S"], scale: float
+) -> tuple[Float[Tensor, "B b H D"], Float[Tensor, "B b H"]]:
+    """torch's streaming attention of B blocks of b queries, each over S rows, and the logarithms of its sums. The
+    heads of all of a block's queries stand as rows of one: nothing is made once for every head."""
+    bias = None
+    if not mask.all():
+        bias = torch.zeros(mask.shape, dtype=query.dtype, device=query.device).masked_fill_(~mask, float("-inf"))
+        bias = bias.repeat_interleave(query.shape[2], dim=1)[:, None]
+    if attended.stride(-1) != 1:  # torch's kernel does not look
+        attended = attended.contiguous()
+    rows, keys = query.flatten(1, 2)[:, None].contiguous(), attended[:, None]
     flash = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
-    y, total = flash(query, attended, attended, attn_mask=bias, scale=scale)
-    return y, total
+    y, total = flash(rows, keys, keys, attn_mask=bias, scale=scale)
+    return y.view(query.shape), total.view(query.shape[:3])
 
 
 @torch.no_grad()

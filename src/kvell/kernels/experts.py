@@ -157,7 +157,8 @@ def experts_grouped(
             gate, up = linear(rows, gate_up[expert]).chunk(2, dim=-1)
             outputs.append(linear(unit(gate, up), down[expert]))
     # Back in the tokens' order and summed there: adding up in place would depend on the device's timing.
-    return (weights[:, None] @ F.embedding(order.argsort(), torch.cat(outputs)).unflatten(0, chosen.shape)).squeeze(1)
+    by_token = F.embedding(order.argsort(), torch.cat(outputs)).unflatten(0, chosen.shape)
+    return (by_token * weights[:, :, None]).sum(1)
 
 
 def _summed(

@@ -31,11 +31,11 @@ def top_k_ascending(scores: Float[Tensor, "R N"], k: int) -> Int[Tensor, "R k"]:
 def _largest(scores: Float[Tensor, "R N"], k: int) -> tuple[Float[Tensor, "R k"], Int[Tensor, "R k"]]:
     """`scores.topk(k)`, up to its choice among equals.
 
-    Many long rows are divided into groups, so many that the k with the largest maxima hold the k largest scores and
-    few besides: finding maxima is fast on a CPU, and choosing from many is not.
+    Long rows are divided into groups, so many that the k with the largest maxima hold the k largest scores and few
+    besides: finding maxima is fast on a CPU, and choosing from many is not. For few scores it is not worth it.
     """
     rows, length = scores.shape
-    if scores.device.type != "cpu" or rows * length < 1 << 18 or length < 16 * k:
+    if scores.device.type != "cpu" or rows * length < 1 << 16 or length < 16 * k:
         found = scores.topk(k)
         return found.values, found.indices
     members = 8 if length >= 48 * k else 4
