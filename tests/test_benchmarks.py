@@ -17,7 +17,7 @@ from benchmarks import gpu, growth, llama_cpp, machine, random_checkpoint, real_
 from benchmarks.checkpoints import SMALL, write_small
 from benchmarks.processes import Worker, WorkerError, take_turns, workers
 from benchmarks.reporting import Goal, Section, table, write_results
-from benchmarks.sides import KvellSide, Side, TransformersSide
+from benchmarks.sides import KvellSide, TransformersSide
 from kvell.cli import main
 from kvell.cli.bench import parse_context
 
@@ -102,11 +102,7 @@ def test_sides_take_turns_in_changing_order() -> None:
 
 
 @pytest.mark.parametrize("family", SMALL)
-def test_both_sides_compute_the_same_small_model(
-    family: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    if family != "gemma4":  # one that is compiled is enough: it takes half a minute each
-        monkeypatch.setattr(KvellSide, "_prepare", Side._prepare)
+def test_both_sides_compute_the_same_small_model(family: str, tmp_path: Path) -> None:
     write_small(family, tmp_path)
     theirs, ours = Direct(TransformersSide(), tmp_path), Direct(KvellSide(), tmp_path)
     assert small_models.check_logits(family, [theirs, ours]) < small_models.TOLERANCE  # type: ignore[list-item]

@@ -69,6 +69,23 @@ def test_the_rows_that_all_tokens_see_are_the_sum_of_what_each_sees(
     assert work.rows_of_all(tokens) == sum(work.rows(count) for count in range(1, tokens + 1))
 
 
+def scaled_dot_product_flops(query: list[int], key: list[int], value: list[int], *_: object, **__: object) -> int:
+    """Of torch's attention on the CPU, which its counter does not know: every query with every key and value."""
+    batch, heads, queries, width = query
+    return 2 * batch * heads * queries * key[2] * (width + value[3])
+
+
+def added_products_flops(to: list[int], left: list[int], right: list[int], *_: object, **__: object) -> int:
+    """Of products added up in place: torch's counter knows them out of place alone."""
+    return 2 * left[0] * left[1] * left[2] * right[2]
+
+
+UNKNOWN_TO_TORCH = {
+    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: scaled_dot_product_flops,
+    torch.ops.aten.baddbmm_: added_products_flops,
+}
+
+
 class OwnExperts:
     """Each token's chosen experts and nothing else. The kernels' reference runs every expert on every token, which
     is no count of what a mixture needs. `skipped` counts choices of none, which a plan counts as an expert."""
@@ -132,7 +149,11 @@ def check_flops(config: ModelConfig, patch: pytest.MonkeyPatch) -> None:
 
     def counted(run: Callable[[], object], queries: range, last_only: bool = False) -> int:
         own.skipped = 0
-        with torch.no_grad(), kernels.use("reference"), FlopCounterMode(display=False) as counter:
+        with (
+            torch.no_grad(),
+            kernels.use("reference"),
+            FlopCounterMode(display=False, custom_mapping=UNKNOWN_TO_TORCH) as counter,
+        ):
             run()
         uncounted = lone_products(config, queries, last_only)
         return counter.get_total_flops() + own.skipped + uncounted - extra
@@ -165,17 +186,6 @@ def test_flops_are_as_torch_counts_them_in_a_drawn_model(config: ModelConfig) ->
         check_flops(config, patch)
 
 
-def scaled_dot_product_flops(query: list[int], key: list[int], value: list[int], *_: object, **__: object) -> int:
-    """Of torch's attention on the CPU, which its counter does not know: every query with every key and value."""
-    batch, heads, queries, width = query
-    return 2 * batch * heads * queries * key[2] * (width + value[3])
-
-
-def added_products_flops(to: list[int], left: list[int], right: list[int], *_: object, **__: object) -> int:
-    """Of products added up in place: torch's counter knows them out of place alone."""
-    return 2 * left[0] * left[1] * left[2] * right[2]
-
-
 def depthwise_of_a_token(config: ModelConfig) -> int:
     """FLOPs of a token's depthwise convolutions: multiply-adds on the CPU, which torch does not count."""
     attentions = [layer.attention for layer in config.layers]
@@ -190,15 +200,11 @@ def test_a_decoded_token_of_the_fast_kernels_takes_the_flops_planned(
     monkeypatch.setattr("kvell.layers.experts.experts", own)
     config = parse_config(FAMILIES[family])
     model, tokens = random_model(config), torch.randint(0, config.vocab_size, (1, TOKENS))
-    mapping = {
-        torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: scaled_dot_product_flops,
-        torch.ops.aten.baddbmm_: added_products_flops,
-    }
     cache = model.make_cache()
     with torch.no_grad():
         model(tokens, cache=cache)
         own.skipped = 0
-        with FlopCounterMode(display=False, custom_mapping=mapping) as counter:
+        with FlopCounterMode(display=False, custom_mapping=UNKNOWN_TO_TORCH) as counter:
             model(tokens[:, :1], cache=cache)
     counted = counter.get_total_flops() + own.skipped + depthwise_of_a_token(config)
     assert counted == decode_flops(config, TOKENS + 1).total

@@ -1,5 +1,6 @@
 """What both ways of decoding have in common: a step that is looked at but computes nothing, and where weights lie."""
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
@@ -13,7 +14,7 @@ if TYPE_CHECKING:
 AskingTheCache = Callable[..., Tensor]
 
 
-class OneTokenStep(Step):
+class OneTokenStep(Step, ABC):
     """One token for each of B sequences, of which nothing is known but that. It has no starts: a layer that looked at
     them would have them compiled or recorded."""
 
@@ -32,11 +33,11 @@ class OneTokenStep(Step):
         assert first is not None
         return self.leave_out(part, tensors, first, shape or first.shape)
 
+    @abstractmethod
     def leave_out(
         self, part: AskingTheCache, tensors: tuple[Tensor | None, ...], first: Tensor, shape: Sequence[int]
     ) -> Tensor:
         """What stands for the part's result, of this shape and like the first of the tensors that it reads."""
-        raise NotImplementedError
 
 
 class Weights:

@@ -143,7 +143,7 @@ def compressed_attention_joined(
         return (y * (total - sink).sigmoid()[..., None]).to(query.dtype)
     far_y, far_total = _over_entries(query, entries, visible, picks, scale)
     shares = torch.stack([total, far_total, sink.float().expand_as(total)], dim=2).softmax(2)
-    return (y * shares[..., :1] + far_y * shares[..., 1:2]).to(query.dtype)
+    return (y * shares[..., :1]).addcmul_(far_y, shares[..., 1:2]).to(query.dtype)
 
 
 def _over_windows(
@@ -158,7 +158,7 @@ def _over_windows(
     there = rows[-(count + window - 1) :]
     before = count + window - 1 - len(there)
     near = F.pad(there, (0, 0, before, behind)).unfold(0, reach, block).mT
-    own = F.pad(query, (0, 0, 0, 0, 0, behind)).unflatten(0, (blocks, block))
+    own = (F.pad(query, (0, 0, 0, 0, 0, behind)) if behind else query).unflatten(0, (blocks, block))
     mask = torch.ones(1, block, reach, dtype=torch.bool, device=query.device).tril(window - 1).triu()
     # The first blocks reach back to before the beginning, each from another place.
     first = min(-(-before // block), blocks)

@@ -41,7 +41,7 @@ def hyper_write(
     if triton_wanted(h):
         from kvell.kernels.triton.hyper_connections import hyper_write as run
     else:
-        run = hyper_write_reference if reference_wanted() else hyper_write_added
+        run = hyper_write_reference
     return run(h, y, post, mix)
 
 
@@ -114,14 +114,6 @@ def hyper_write_reference(
     h: Float[Tensor, "T N C"], y: Float[Tensor, "T C"], post: Float[Tensor, "T N"], mix: Float[Tensor, "T N N"]
 ) -> Float[Tensor, "T N C"]:
     """The same in plain torch."""
-    placed = post[:, :, None] * y.float()[:, None]
-    return placed.baddbmm(mix.transpose(1, 2), h.float()).to(h.dtype)
-
-
-def hyper_write_added(
-    h: Float[Tensor, "T N C"], y: Float[Tensor, "T C"], post: Float[Tensor, "T N"], mix: Float[Tensor, "T N N"]
-) -> Float[Tensor, "T N C"]:
-    """The mixed streams are added up where the block's output was placed; h is left as it is."""
     placed = post[:, :, None] * y.float()[:, None]
     return placed.baddbmm_(mix.transpose(1, 2), h.float()).to(h.dtype)
 

@@ -31,7 +31,7 @@ class RMSNorm(nn.Module):
         return nn.functional.rms_norm(x.float(), (self.width,), wide, self.eps).to(x.dtype)
 
     def _of_many_rows(self, x: Float[Tensor, "*shape width"]) -> Float[Tensor, "*shape width"]:
-        """On the CPU torch's own writes the squares down; it is faster for one row alone."""
+        """On the CPU torch's own, which is faster for a single row, writes the squares of many down."""
         wide = x.float()
         mean_square = torch.linalg.vector_norm(wide, dim=-1, keepdim=True).square_().div_(self.width)
         y = wide * mean_square.add_(self.eps).rsqrt_()
