@@ -17,7 +17,7 @@ from benchmarks import gpu, growth, llama_cpp, machine, random_checkpoint, real_
 from benchmarks.checkpoints import SMALL, write_small
 from benchmarks.processes import Worker, WorkerError, take_turns, workers
 from benchmarks.reporting import Goal, Section, table, write_results
-from benchmarks.sides import KvellSide, TransformersSide
+from benchmarks.sides import KvellSide, Side, TransformersSide
 from kvell.cli import main
 from kvell.cli.bench import parse_context
 

@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from kvell import Cache
 from kvell.cache import StreamSpec
 from kvell.kernels import compressed as compressed_kernels
 from kvell.kernels.compressed import (
