@@ -1,7 +1,10 @@
-"""What a program runs on: the threads it may use, the memory it has used, what it can compile with."""
+"""What a program runs on: its threads, the memory it has used, what it can compile with and where that is kept."""
 
 import os
+import platform
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -55,3 +58,34 @@ def check_compiler(device: "torch.device", otherwise: str) -> None:
             ) from None
     elif not has_triton():
         raise InputError(f"compile: no Triton works on {device}: install it, or {otherwise}")
+
+
+def user_code_folder() -> Path:
+    """Where compiled code is kept if no folder is named."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "kvell"
+
+
+@contextmanager
+def keeping_code_in(folder: Path) -> Iterator[None]:
+    """What goes wrong while code is compiled for this folder is an InputError."""
+    from torch._inductor.exc import CppCompileError
+
+    try:
+        yield
+    except OSError as error:
+        raise InputError(f"compiled code cannot be kept in {folder}: {error.strerror or error}") from None
+    except CppCompileError as error:
+        raise InputError(f"compile: the C++ compiler failed: {str(error).strip().splitlines()[-1]}") from None
+
+
+def processor() -> str:
+    """The processor, as far as code compiled for it depends on it: such code may use every instruction it has."""
+    import torch
+
+    known = Path("/proc/cpuinfo")
+    if not known.is_file():
+        return f"{platform.machine()} {platform.processor()} {torch.backends.cpu.get_cpu_capability()}"
+    lines = known.read_text().splitlines()
+    return platform.machine() + "".join(
+        next((line for line in lines if line.startswith(field)), "") for field in ("model name", "flags", "Features")
+    )

@@ -282,7 +282,7 @@ class Decoder(nn.Module):
         compiled = self._compiled.get(len(step.counts))
         if compiled is None or step.cache is None or step.observed is not None:
             return None
-        if len(step.tokens) != len(step.counts) or chosen() != "fast":
+        if len(step.tokens) != len(step.counts) or chosen() not in ("fast", "cpp"):
             return None
         if compiled.weights.have_moved():
             self._compiled = {}

@@ -204,6 +204,14 @@ class Cache:
         rewindable = min(self.max_rewind, sequence.rewindable + count)
         return stream.append(rows, stream.spec.rows(sequence.length + count, rewindable))
 
+    def extend(self, number: int, key: StreamKey, count: int) -> tuple[Tensor, Tensor | None]:
+        """The same for a stream of one row per token, before the rows are there: see Stream.extend."""
+        self.begin_step()
+        sequence = self.sequences[number]
+        stream = sequence.streams[key]
+        rewindable = min(self.max_rewind, sequence.rewindable + count)
+        return stream.extend(count, stream.spec.rows(sequence.length + count, rewindable))
+
     def reserve(self, counts: Sequence[int]) -> None:
         """Makes room for `counts[i]` tokens more of sequence i, which several steps will bring."""
         for sequence, count in zip(self.sequences, counts, strict=True):

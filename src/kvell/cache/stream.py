@@ -94,27 +94,44 @@ class Stream:
         Afterwards the last `keep` rows are held. What is returned is valid until the next change.
         """
         # This runs for every stream and token, and a tensor's len() is slow.
-        visible, room = self.count + rows.shape[0], self.buffer.shape[0]
-        if keep == visible == self.count:
+        added = rows.shape[0]
+        if not added and keep == self.count:
             return self.held
+        before = self.count
+        visible, kept = self.extend(added, keep)
+        visible[before:] = rows
+        if kept is not None:
+            kept.copy_(rows[added - kept.shape[0] :])
+        return visible
+
+    def extend(self, added: int, keep: int) -> tuple[Tensor, Tensor | None]:
+        """The same for rows yet to be written: what `append` returns, in which they are the last ones, and where those of
+        them that are kept must be written as well, if that is elsewhere."""
+        visible, room = self.count + added, self.buffer.shape[0]
         if self.buffer.is_inference() and not torch.is_inference_mode_enabled():
             self._move(self.held, room)  # torch forbids to write on where inference_mode has ended
         if self.start + visible > room:
             capacity = with_reserve(keep) if self.reserved is None else room
             if visible > capacity:
-                joined = torch.cat([self.held, rows])
-                if capacity == room:  # a new buffer beside `joined` would leave the heap in holes
-                    self.buffer[:keep] = joined[visible - keep :]
-                    self.start, self.count = 0, keep
-                else:
-                    self._move(joined[visible - keep :], capacity)
-                return joined
+                return self._extend_beside(visible, keep, capacity)
             self._move(self.held, capacity)
-        self.buffer[self.start + self.count : self.start + visible] = rows
         joined = self.buffer[self.start : self.start + visible]
         self.start += visible - keep
         self.count = keep
-        return joined
+        return joined, None
+
+    def _extend_beside(self, visible: int, keep: int, capacity: int) -> tuple[Tensor, Tensor | None]:
+        """Where the buffer has no room for all that is visible, that lies beside it for this step."""
+        held, old = self.count, max(keep - (visible - self.count), 0)
+        joined = self.buffer.new_empty(visible, self.spec.width)
+        joined[:held] = self.held
+        if capacity == self.buffer.shape[0]:  # a new buffer beside `joined` would leave the heap in holes
+            self.buffer[:old] = joined[held - old : held]
+            self.start = 0
+        else:
+            self._move(joined[held - old : held], capacity)
+        self.count = keep
+        return joined, self.buffer[old:keep]
 
     def reserve(self, rows: int) -> None:
         """Grows at once to the buffer that `rows` rows will get, so that they are not moved on the way there."""

@@ -3,7 +3,6 @@ on the CPU, recorded as CUDA graphs on a CUDA device. Both leave out what asks t
 ever.
 """
 
-import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
 
@@ -12,7 +11,7 @@ from torch import Tensor
 
 from kvell.decoding.one_token import Weights
 from kvell.errors import InputError
-from kvell.hardware import check_compiler
+from kvell.hardware import check_compiler, user_code_folder
 from kvell.step import Step
 
 if TYPE_CHECKING:
@@ -40,7 +39,7 @@ def decoding_step(model: "Decoder", batch_size: int, folder: str | Path | None) 
         return RecordedStep(model, batch_size)
     from kvell.decoding.compiled import CompiledStep
 
-    return CompiledStep(model, batch_size, kept_at(folder))
+    return CompiledStep(model, batch_size, user_code_folder() if folder is None else Path(folder))
 
 
 def check_device(device: torch.device) -> None:
@@ -49,10 +48,3 @@ def check_device(device: torch.device) -> None:
         check_compiler(device, "decode without compiling")
     elif device.type != "cuda":
         raise InputError(f"decoding is compiled for the CPU and recorded on CUDA devices, not on {device}")
-
-
-def kept_at(folder: str | Path | None) -> Path:
-    """Where compiled code is kept: the folder named, or the user's for such things."""
-    if folder is not None:
-        return Path(folder)
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "kvell"

@@ -4,13 +4,14 @@ Decoding a small model is bound by what surrounds each operator, not by the numb
 once, by running it on tensors without values, and compiled by torch's AOTInductor to machine code that is called
 without Python:
 
-    tokens, positions -> embed -> layers -> norm -> head -> logits
-                                    |
-                                    `-> what asks the cache (Step.apart) is called back, with the step as it is
+    tokens, positions, rows -> embed -> layers -> norm -> head -> logits
+                                          |
+                                          |-> attention over keys and values finds them by the table `rows`
+                                          `-> what else asks the cache (Step.apart) is called back, as ever
 
-Around the cache all shapes are known: one row per sequence. What grows with the past, attention and compressed
-entries, runs as ever, so the cache, its rewinding and its files are the same. The weights are the model's own: the
-machine code is told where they lie.
+Around the cache all shapes are known: one row per sequence. Caches stay what they are: attention over keys and values
+is told where their streams have their rows, and what else grows with the past, compressed entries, is Python as
+without compiling. The weights are the model's own: the machine code is told where they lie.
 
 Compiled code is kept in `folder` under a digest of everything it depends on: the traced step, torch, the processor
 and the number of threads. Tracing takes seconds, compiling a quarter of a minute for ten small layers.
@@ -18,20 +19,23 @@ and the number of threads. Tracing takes seconds, compiling a quarter of a minut
 
 import hashlib
 import os
-import platform
 import tempfile
 import threading
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch._inductor.exc import CppCompileError
 
 from kvell.decoding.one_token import AskingTheCache, OneTokenStep, Weights
+from kvell.decoding.row_table import empty_table, fill_table
 from kvell.errors import InputError
+from kvell.hardware import keeping_code_in, processor
+from kvell.kernels import use
+from kvell.kernels.cpp.decode import ELEMENTS, decode_operator
+from kvell.layers.key_values import KeyValueAttention
 from kvell.step import Step
 
 if TYPE_CHECKING:
@@ -62,33 +66,49 @@ _library.impl("apart", _call_back, "CPU")
 torch.library.register_fake("kvell::apart", _shaped, lib=_library)
 
 
+class _LeftOut(NamedTuple):
+    """What a compiled step leaves out, in its order: what is called back, and what finds rows by the table."""
+
+    parts: list[AskingTheCache]
+    attentions: list[KeyValueAttention]
+
+
 class _TracedStep(OneTokenStep):
     """A step without values, that notes what it leaves out."""
 
-    def __init__(self, model: "Decoder", tokens: Tensor, positions: Tensor) -> None:
+    def __init__(self, model: "Decoder", tokens: Tensor, positions: Tensor, rows: Tensor) -> None:
         super().__init__(model, tokens, positions)
-        self.parts: list[AskingTheCache] = []
+        self.rows = rows
+        self.left_out = _LeftOut([], [])
 
     def leave_out(
         self, part: AskingTheCache, tensors: tuple[Tensor | None, ...], first: Tensor, shape: Sequence[int]
     ) -> Tensor:
-        self.parts.append(part)
-        result: Tensor = torch.ops.kvell.apart(list(tensors), len(self.parts) - 1, shape)
+        parts, attentions = self.left_out
+        result: Tensor
+        if isinstance(part, KeyValueAttention) and first.dtype in ELEMENTS:
+            attentions.append(part)
+            given = (None if x is None else x.contiguous() for x in tensors)
+            run = decode_operator(first.dtype, first.shape[2], first.shape[1] // part.kv_heads)
+            result = run(*given, self.rows[part.layer], part.scale)
+        else:
+            parts.append(part)
+            result = torch.ops.kvell.apart(list(tensors), len(parts) - 1, shape)
         return result
 
 
 class _OneToken(nn.Module):
     """What is traced."""
 
-    def __init__(self, model: "Decoder", keep_parts: Callable[[list[AskingTheCache]], None]) -> None:
+    def __init__(self, model: "Decoder", keep: Callable[[_LeftOut], None]) -> None:
         super().__init__()
-        # Tracing forgets what it changes of a module: the parts are kept elsewhere.
-        self.model, self.keep_parts = model, keep_parts
+        # Tracing forgets what it changes of a module: what is left out is kept elsewhere.
+        self.model, self.keep = model, keep
 
-    def forward(self, tokens: Tensor, positions: Tensor) -> Tensor:
-        step = _TracedStep(self.model, tokens, positions)
+    def forward(self, tokens: Tensor, positions: Tensor, rows: Tensor) -> Tensor:
+        step = _TracedStep(self.model, tokens, positions, rows)
         logits = self.model.logits_of(step)
-        self.keep_parts(step.parts)
+        self.keep(step.left_out)
         return logits
 
 
@@ -97,26 +117,37 @@ class CompiledStep:
 
     def __init__(self, model: "Decoder", batch_size: int, folder: Path) -> None:
         """InputError where nothing can be compiled."""
-        self.weights = Weights(model)
+        self.weights, self.folder, self.num_layers = Weights(model), folder, len(model.config.layers)
         traced = _OneToken(model, self._keep)
         tokens, positions = torch.zeros(2, batch_size, dtype=torch.long, device="cpu")
-        with torch.no_grad():
-            program = torch.export.export(traced, (tokens, positions), strict=False)
+        rows = empty_table(self.num_layers, batch_size)
+        with torch.no_grad(), use("cpp", folder):
+            program = torch.export.export(traced, (tokens, positions, rows), strict=False)
         given = dict(program.constants)
         given |= dict(traced.named_parameters(remove_duplicate=False))
         given |= dict(traced.named_buffers(remove_duplicate=False))
         self.run, self.used = machine_code(program, given, folder)
+        # What parts of it compile when they first run is compiled now.
+        cache = model.make_cache(batch_size)
+        with torch.no_grad():
+            self._run(Step.of(tokens, [1] * batch_size, cache, model.config.reads()))
 
-    def _keep(self, parts: list[AskingTheCache]) -> None:
-        self.parts = parts
+    def _keep(self, left_out: _LeftOut) -> None:
+        self.left_out = left_out
 
     def __call__(self, step: Step) -> Tensor:
         """Logits (B, V)."""
+        return self._run(step)
+
+    def _run(self, step: Step) -> Tensor:
         # What is compiled looks at no dtype and no stride.
         tokens = step.tokens.long().contiguous()
-        _running.step, _running.parts, _running.error = step, self.parts, None
+        rows = empty_table(self.num_layers, len(tokens))
+        held = fill_table(rows, self.left_out.attentions, step)
+        _running.step, _running.parts, _running.error = step, self.left_out.parts, None
         try:
-            logits: Tensor = self.run([tokens, step.positions])[0]
+            with use("cpp", self.folder):
+                logits: Tensor = self.run([tokens, step.positions, rows])[0]
             return logits
         except RuntimeError:
             # On its way through the machine code an error in a part has lost what it is.
@@ -124,7 +155,7 @@ class CompiledStep:
                 raise _running.error from None
             raise
         finally:
-            del _running.step, _running.parts, _running.error
+            del held, _running.step, _running.parts, _running.error
 
 
 def machine_code(
@@ -139,17 +170,12 @@ def machine_code(
         "always_keep_tensor_constants": True,
     }
     file = folder / f"{_digest(program, weights, settings)}.pt2"
-    try:
+    with keeping_code_in(folder):
         if not file.exists():
             _compile(program, file, settings)
+    try:
         code: Any = torch._inductor.aoti_load_package(str(file), run_single_threaded=True)
-    except OSError as error:
-        raise InputError(f"compiled code cannot be kept in {folder}: {error.strerror}") from None
-    except CppCompileError as error:
-        raise InputError(f"compile: the C++ compiler failed: {str(error).strip().splitlines()[-1]}") from None
     except RuntimeError:
-        if not file.exists():
-            raise
         raise InputError(f"compiled code in {file} cannot be read: delete it, and it is made anew") from None
     used = {name: weights[name].detach() for name in code.get_constant_fqns()}
     code.load_constants(used, check_full_update=True, user_managed=True)
@@ -161,19 +187,8 @@ def _digest(program: torch.export.ExportedProgram, weights: Mapping[str, Any], s
     # Without comments, which say where in which file of this machine an operation comes from.
     said = [line for line in str(program).splitlines() if not line.lstrip().startswith("#")]
     said += [f"{name} {tuple(w.shape)} {w.stride()} {w.dtype}" for name, w in sorted(weights.items())]
-    said += [torch.__version__, _processor(), str(torch.get_num_threads()), str(settings)]
+    said += [torch.__version__, processor(), str(torch.get_num_threads()), str(settings)]
     return hashlib.sha256("\n".join(said).encode()).hexdigest()[:32]
-
-
-def _processor() -> str:
-    """The code may use every instruction that this processor has."""
-    known = Path("/proc/cpuinfo")
-    if not known.is_file():
-        return f"{platform.machine()} {platform.processor()} {torch.backends.cpu.get_cpu_capability()}"
-    lines = known.read_text().splitlines()
-    return platform.machine() + "".join(
-        next((line for line in lines if line.startswith(field)), "") for field in ("model name", "flags", "Features")
-    )
 
 
 def _compile(program: torch.export.ExportedProgram, file: Path, settings: Mapping[str, Any]) -> None:

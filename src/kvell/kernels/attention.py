@@ -17,7 +17,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 from torch.nn import functional as F
 
-from kvell.kernels.choice import reference_wanted, triton_wanted
+from kvell.kernels.choice import cpp_wanted, reference_wanted, triton_wanted
 
 # Queries per block: large enough to keep the matrix products efficient, small enough to keep memory flat.
 QUERY_BLOCK = 256
@@ -40,6 +40,11 @@ def attention(
 
         if takes(query, keys, counts):
             return ragged_decode(query, keys, values, scale=scale, window=window)
+    if cpp_wanted(query):
+        from kvell.kernels.cpp import decode
+
+        if decode.takes(query, keys, counts):
+            return decode.ragged_decode(query, keys, values, scale=scale, window=window)
     run = attention_reference if reference_wanted() else attention_blocked
     if len(counts) == 1:
         return run(query, keys[0], values[0], scale=scale, window=window)

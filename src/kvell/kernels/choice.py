@@ -1,11 +1,14 @@
 """Which version of a kernel runs: the one place where that is decided.
 
 Every kernel is a reference in plain torch, written to be read, and a fast version with the same arguments. Some have
-a third in Triton, which the fast version is on a CUDA device where Triton is installed. `use("reference")` runs the
-references in a block of code:
+a third in Triton, which the fast version is on a CUDA device where Triton is installed, or in C++. `use("reference")`
+runs the references in a block of code:
 
     with kernels.use("reference"):
         logits = model(tokens)
+
+`use("cpp")` takes kernels in C++ where there are some for the CPU, which are compiled for the shapes they meet
+(kernels/cpp/); a decoding step that is compiled takes them by itself.
 
 `use("triton")` demands Triton where a kernel has such a version: on a CUDA device, or on the CPU in Triton's
 interpreter (TRITON_INTERPRET=1, set before Triton is first imported). Kernels without one run their fast version.
@@ -15,32 +18,45 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
 from importlib.util import find_spec
-from typing import Literal
+from pathlib import Path
+from typing import Literal, get_args
 
 import torch
 from torch import Tensor
 
 from kvell.errors import InputError
+from kvell.hardware import user_code_folder
 
-Version = Literal["fast", "reference", "triton"]
+Version = Literal["fast", "reference", "triton", "cpp"]
 
 _TRITON_INSTALLED = find_spec("triton") is not None
 
 _version: ContextVar[Version] = ContextVar("kvell_kernel_version", default="fast")
+_folder: ContextVar[Path | None] = ContextVar("kvell_code_folder", default=None)
 
 
 @contextmanager
-def use(version: Version) -> Iterator[None]:
-    """Runs every kernel called in this block in the given version. InputError for "triton" without Triton."""
-    if version not in ("fast", "reference", "triton"):
-        raise ValueError(f'kernel version {version!r} is not "fast", "reference" or "triton"')
+def use(version: Version, folder: Path | None = None) -> Iterator[None]:
+    """Runs every kernel called in this block in the given version. InputError for "triton" without Triton.
+
+    `folder` is where what is compiled for "cpp" is kept, None the user's folder for such things.
+    """
+    if version not in get_args(Version):
+        *most, last = (f'"{known}"' for known in get_args(Version))
+        raise ValueError(f"kernel version {version!r} is not {', '.join(most)} or {last}")
     if version == "triton" and not triton_installed():
         raise InputError('kernel version "triton" needs the package triton, which is not installed')
-    token = _version.set(version)
+    tokens = _version.set(version), _folder.set(folder)
     try:
         yield
     finally:
-        _version.reset(token)
+        _version.reset(tokens[0])
+        _folder.reset(tokens[1])
+
+
+def code_folder() -> Path:
+    """Where code compiled in this block is kept."""
+    return _folder.get() or user_code_folder()
 
 
 def chosen() -> Version:
@@ -58,7 +74,7 @@ def triton_wanted(tensor: Tensor) -> bool:
     # torch's compiler makes kernels of its own from the torch version.
     if version == "reference" or torch.compiler.is_compiling():
         return False
-    if version == "fast":
+    if version in ("fast", "cpp"):
         return tensor.is_cuda and tensor.dtype != torch.float64 and triton_installed()
     if tensor.dtype == torch.float64:
         raise InputError('kernel version "triton" computes in float32: it does not take float64')
@@ -68,6 +84,11 @@ def triton_wanted(tensor: Tensor) -> bool:
             "(on the CPU: TRITON_INTERPRET=1, set before Triton is imported)"
         )
     return True
+
+
+def cpp_wanted(tensor: Tensor) -> bool:
+    """Whether a kernel that has a C++ version runs it on `tensor` and others like it."""
+    return chosen() == "cpp" and tensor.device.type == "cpu" and not torch.compiler.is_compiling()
 
 
 def triton_installed() -> bool:

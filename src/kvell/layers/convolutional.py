@@ -28,11 +28,10 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from kvell.cache import StreamSpec
-from kvell.kernels.attention import attention
 from kvell.kernels.convolution import convolved_heads
 from kvell.layers.cost import Cost, Technique, Weight, Work, linear, together, vector
 from kvell.layers.grouped_query import GroupedQuery
-from kvell.layers.key_values import KeyValues, unlike
+from kvell.layers.key_values import KeyValueAttention, unlike
 from kvell.layers.linear import Linear
 from kvell.layers.part import Part, Site
 from kvell.layers.rotary import Rotary, check_turns
@@ -176,6 +175,13 @@ class ConvolutionalAttention(nn.Module):
     def __init__(self, config: Convolutional, site: Site) -> None:
         super().__init__()
         self.config, self.index = config, site.index
+        self.attend = KeyValueAttention(
+            site.index,
+            config.kv_source,
+            config.num_kv_heads,
+            scale=config.head_dim**-0.5,
+            window=config.sliding_window,
+        )
         hidden, bias = site.hidden_size, config.bias
         query_width, key_width = config.num_heads * config.head_dim, config.num_kv_heads * config.head_dim
         self.q_proj = Linear(hidden, query_width, bias=bias)
@@ -196,21 +202,8 @@ class ConvolutionalAttention(nn.Module):
         value = self._value(x, step) if config.kv_source is None else None
         if wanted is not None:
             query = wanted.select(query)
-        y = step.apart(self._attend, query, None if value is None else key, value, wanted=wanted)
+        y = step.apart(self.attend, query, None if value is None else key, value, wanted=wanted)
         return self.o_proj(y.flatten(1))
-
-    def _attend(
-        self,
-        step: "Step",
-        wanted: "Step",
-        query: Float[Tensor, "W H D"],
-        key: Float[Tensor, "T K D"] | None,
-        value: Float[Tensor, "T K D"] | None,
-    ) -> Float[Tensor, "W H D"]:
-        """Over this step's keys and values, joined to those its sequences remember, or over another layer's."""
-        seen = KeyValues.seen(self.index, self.config.kv_source, key, value, step)
-        scale, window = self.config.head_dim**-0.5, self.config.sliding_window
-        return attention(query, seen.keys, seen.values, wanted.counts, scale=scale, window=window)
 
     def _query_and_key(
         self, x: Float[Tensor, "T C"], step: "Step"

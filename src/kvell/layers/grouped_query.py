@@ -17,9 +17,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from kvell.cache import StreamSpec
-from kvell.kernels.attention import attention
 from kvell.layers.cost import Cost, Technique, Work, linear, norm, together
-from kvell.layers.key_values import KeyValues, unlike
+from kvell.layers.key_values import KeyValueAttention, unlike
 from kvell.layers.linear import Linear
 from kvell.layers.norms import RMSNorm
 from kvell.layers.part import Part, Site
@@ -136,9 +135,14 @@ class GroupedQueryAttention(nn.Module):
     def __init__(self, config: GroupedQuery, site: Site) -> None:
         super().__init__()
         self.config = config
-        self.index = site.index
         hidden, heads, width = site.hidden_size, config.num_heads, config.head_dim
-        self.scale = config.scale or width**-0.5
+        self.attend = KeyValueAttention(
+            site.index,
+            config.kv_source,
+            config.num_kv_heads,
+            scale=config.scale or width**-0.5,
+            window=config.sliding_window,
+        )
         self.q_proj = Linear(hidden, heads * width, bias=config.bias)
         self.q_norm = RMSNorm(width, site.norm_eps) if config.query_norm else None
         if config.kv_source is None:
@@ -162,21 +166,8 @@ class GroupedQueryAttention(nn.Module):
         if wanted is not None:
             x = wanted.select(x)
         query = self._turned(self._heads(self.q_proj(x), self.q_norm), wanted or step)
-        y = step.apart(self._attend, query, key, value, wanted=wanted)
+        y = step.apart(self.attend, query, key, value, wanted=wanted)
         return self.o_proj(self._gate(x, y).flatten(1))
-
-    def _attend(
-        self,
-        step: "Step",
-        wanted: "Step",
-        query: Float[Tensor, "W H D"],
-        key: Float[Tensor, "T K D"] | None,
-        value: Float[Tensor, "T K D"] | None,
-    ) -> Float[Tensor, "W H D"]:
-        """Over this step's keys and values, joined to those its sequences remember, or over another layer's."""
-        seen = KeyValues.seen(self.index, self.config.kv_source, key, value, step)
-        window = self.config.sliding_window
-        return attention(query, seen.keys, seen.values, wanted.counts, scale=self.scale, window=window)
 
     def _turned(self, heads: Float[Tensor, "T H D"], step: "Step") -> Float[Tensor, "T H D"]:
         rotary = self.config.rotary

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, NamedTuple
 from jaxtyping import Float
 from torch import Tensor
 
+from kvell.kernels.attention import attention
 from kvell.layers.part import Part
 
 if TYPE_CHECKING:
@@ -25,25 +26,38 @@ class KeyValues(NamedTuple):
     keys: list[Tensor]
     values: list[Tensor]
 
-    @classmethod
-    def seen(
-        cls,
-        layer: int,
-        source: int | None,
+
+class KeyValueAttention:
+    """What of such a layer asks the cache: attention over its keys and values of this step, joined to those that its
+    sequences remember, or over those that its `source` left."""
+
+    def __init__(self, layer: int, source: int | None, kv_heads: int, *, scale: float, window: int | None) -> None:
+        self.layer, self.source, self.kv_heads, self.scale, self.window = layer, source, kv_heads, scale, window
+
+    def __call__(
+        self,
+        step: "Step",
+        wanted: "Step",
+        query: Float[Tensor, "W H D"],
         key: Float[Tensor, "T K D"] | None,
         value: Float[Tensor, "T K D"] | None,
-        step: "Step",
-    ) -> "KeyValues":
-        """What a layer may see: its own keys and values of this step, joined to those that its sequences remember and
-        left for whoever reads them, or those that its `source` left."""
-        if source is not None:
-            return step.made[source, KEY_VALUES]
+    ) -> Float[Tensor, "W H D"]:
+        """`wanted` are the tokens whose queries these are; key and value where the layer makes its own."""
+        seen = self._seen(step, key, value)
+        return attention(query, seen.keys, seen.values, wanted.counts, scale=self.scale, window=self.window)
+
+    def _seen(
+        self, step: "Step", key: Float[Tensor, "T K D"] | None, value: Float[Tensor, "T K D"] | None
+    ) -> KeyValues:
+        if self.source is not None:
+            seen: KeyValues = step.made[self.source, KEY_VALUES]
+            return seen
         assert key is not None
         assert value is not None
         heads = key.shape[1:]
-        rows = (step.append(layer, name, made.flatten(1)) for name, made in (("key", key), ("value", value)))
-        seen = cls(*([own.unflatten(1, heads) for own in every] for every in rows))
-        step.leave(layer, KEY_VALUES, seen)
+        rows = (step.append(self.layer, name, made.flatten(1)) for name, made in (("key", key), ("value", value)))
+        seen = KeyValues(*([own.unflatten(1, heads) for own in every] for every in rows))
+        step.leave(self.layer, KEY_VALUES, seen)
         return seen
 
 

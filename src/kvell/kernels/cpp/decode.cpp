@@ -1,0 +1,257 @@
+// Attention of one new token per sequence over the rows that each sequence holds; see decode.py.
+//
+// Compiled for one shape: WIDTH channels a head, GROUP query heads for each KV head, an ELEMENT that is float or, kept
+// as uint16_t, bfloat16. All arithmetic is fp32. A slice of a sequence's rows goes through in blocks, in a streaming softmax
+// (Milakov and Gimelshein 2018, arXiv 1805.02867). Reading takes longer than computing: while one half of a block is
+// worked on, its keys or its values, the half that comes next is fetched.
+
+#include <algorithm>
+#include <cmath>
+#include <cstdint>
+#include <cstring>
+#include <limits>
+#include <numeric>
+#include <optional>
+#include <vector>
+
+#include <omp.h>
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/ops.h>
+#include <torch/csrc/stable/tensor.h>
+
+using Element = ELEMENT;
+using torch::stable::Tensor;
+
+// How many numbers the processor works on at once, and about how many such vectors it has room for.
+#if defined(__AVX512F__)
+constexpr int WIDEST = 16, REGISTERS = 16;
+#elif defined(__AVX2__)
+constexpr int WIDEST = 8, REGISTERS = 8;
+#else
+constexpr int WIDEST = 4, REGISTERS = 16;
+#endif
+
+constexpr int LANES = std::gcd(WIDTH, WIDEST), VECTORS = WIDTH / LANES, BLOCK = 64;
+constexpr float NOTHING = -std::numeric_limits<float>::infinity();
+// A slice has at least so many bytes of keys: below, another thread gains nothing.
+constexpr int64_t SMALLEST_SLICE = 1 << 17;
+// So many slices a thread: one that is held up leaves the rest to the others.
+constexpr int64_t SLICES = 4;
+
+constexpr int largest_divisor(int number, int most) {
+    int divisor = std::max(std::min(number, most), 1);
+    while (number % divisor) --divisor;
+    return divisor;
+}
+// Query heads that read a key at once, and vectors of a value's row that are added to all of a group's at once.
+constexpr int HEADS = largest_divisor(GROUP, REGISTERS / 2);
+constexpr int TILE = largest_divisor(VECTORS, REGISTERS / GROUP);
+
+template <int lanes> struct Floats { typedef float type __attribute__((vector_size(4 * lanes))); };
+using Vector = Floats<LANES>::type;
+
+inline Vector load(const float* from) {
+    Vector vector;
+    std::memcpy(&vector, from, sizeof vector);
+    return vector;
+}
+
+inline Vector load(const uint16_t* from) {
+    typedef uint16_t Halves __attribute__((vector_size(2 * LANES)));
+    typedef uint32_t Words __attribute__((vector_size(4 * LANES)));
+    Halves halves;
+    std::memcpy(&halves, from, sizeof halves);
+    return (Vector)(__builtin_convertvector(halves, Words) << 16);
+}
+
+template <int lanes> inline float sum(typename Floats<lanes>::type vector) {
+    if constexpr (lanes == 2) {
+        return vector[0] + vector[1];
+    } else {
+        typename Floats<lanes / 2>::type halves[2];
+        std::memcpy(halves, &vector, sizeof vector);
+        return sum<lanes / 2>(halves[0] + halves[1]);
+    }
+}
+
+inline float widened(float number) { return number; }
+inline float widened(uint16_t bits) {
+    const uint32_t word = uint32_t(bits) << 16;
+    float number;
+    std::memcpy(&number, &word, sizeof number);
+    return number;
+}
+
+inline void write(float number, float* to) { *to = number; }
+inline void write(float number, uint16_t* to) {
+    uint32_t word;
+    std::memcpy(&word, &number, sizeof word);
+    *to = std::isnan(number) ? 0x7fc0 : (word + 0x7fff + ((word >> 16) & 1)) >> 16;  // ties to even
+}
+
+// One head's rows: where the first begins, and how many elements further the next one does.
+struct Rows {
+    const Element* first;
+    int64_t stride;
+    const Element* operator[](int64_t number) const { return first + number * stride; }
+    void fetch(int64_t number, int channel, int channels) const {
+        const char* from = reinterpret_cast<const char*>((*this)[number] + channel);
+        for (size_t byte = 0; byte < channels * sizeof(Element); byte += 64) __builtin_prefetch(from + byte);
+    }
+};
+
+// scores[g][i] = scale * query_g . key_i
+inline void score(const float* query, Rows keys, Rows next, int count, float scale, float scores[][BLOCK]) {
+    for (int i = 0; i < count; ++i) {
+        next.fetch(i, 0, WIDTH);
+        const Element* key = keys[i];
+        for (int first = 0; first < GROUP; first += HEADS) {
+            Vector products[HEADS] = {};
+            for (int v = 0; v < VECTORS; ++v) {
+                const Vector part = load(key + v * LANES);
+                for (int g = 0; g < HEADS; ++g) products[g] += part * load(query + (first + g) * WIDTH + v * LANES);
+            }
+            for (int g = 0; g < HEADS; ++g) scores[first + g][i] = sum<LANES>(products[g]) * scale;
+        }
+    }
+}
+
+// Scores become weights, relative to the largest score so far; returns what earlier weights are worth by now.
+inline float weigh(float* scores, int count, float& largest, float& total) {
+    float larger = largest, added = 0;
+#pragma omp simd reduction(max : larger)
+    for (int i = 0; i < count; ++i) larger = std::max(larger, scores[i]);
+#pragma omp simd reduction(+ : added)
+    for (int i = 0; i < count; ++i) {
+        scores[i] = std::exp(scores[i] - larger);
+        added += scores[i];
+    }
+    const float fade = std::exp(largest - larger);
+    largest = larger;
+    total = total * fade + added;
+    return fade;
+}
+
+// joint_g = fade_g * joint_g + sum_i weights[g][i] * value_i
+inline void gather(
+    const float weights[][BLOCK], const float* fades, Rows values, Rows next, int count, float* joint
+) {
+    for (int first = 0; first < VECTORS; first += TILE) {
+        Vector sums[GROUP][TILE];
+        for (int g = 0; g < GROUP; ++g)
+            for (int v = 0; v < TILE; ++v) sums[g][v] = load(joint + g * WIDTH + (first + v) * LANES) * fades[g];
+        for (int i = 0; i < count; ++i) {
+            next.fetch(i, first * LANES, TILE * LANES);
+            for (int v = 0; v < TILE; ++v) {
+                const Vector part = load(values[i] + (first + v) * LANES);
+                for (int g = 0; g < GROUP; ++g) sums[g][v] += part * weights[g][i];
+            }
+        }
+        for (int g = 0; g < GROUP; ++g)
+            for (int v = 0; v < TILE; ++v)
+                std::memcpy(joint + g * WIDTH + (first + v) * LANES, &sums[g][v], sizeof(Vector));
+    }
+}
+
+// An entry of the table that decode.py makes. Strides count elements, and a row has its KV heads side by side; where a
+// row is given, it becomes the last one, and is also written to where else it is kept, if it is.
+struct Sequence {
+    Element *keys, *values;
+    int64_t key_stride, value_stride, rows;
+    Element *kept_key, *kept_value;
+};
+
+// Rows [first, last) of a sequence, and what comes of them for each of its query heads.
+struct Slice {
+    int64_t sequence, first, last;
+    std::vector<float> largest, total, joint;
+};
+
+void attend(const Sequence& sequence, const float* query, int64_t kv_heads, float scale, Slice& slice) {
+    const int64_t heads = kv_heads * GROUP;
+    slice.largest.assign(heads, NOTHING);
+    slice.total.assign(heads, 0);
+    slice.joint.assign(heads * WIDTH, 0);
+    float weights[GROUP][BLOCK], fades[GROUP];
+    for (int64_t at = slice.first; at < slice.last; at += BLOCK) {
+        const int count = std::min<int64_t>(BLOCK, slice.last - at);
+        for (int64_t head = 0; head < kv_heads; ++head) {
+            const Rows keys{sequence.keys + at * sequence.key_stride + head * WIDTH, sequence.key_stride};
+            const Rows values{sequence.values + at * sequence.value_stride + head * WIDTH, sequence.value_stride};
+            const int64_t own = head * GROUP;
+            score(query + own * WIDTH, keys, values, count, scale, weights);
+            for (int g = 0; g < GROUP; ++g)
+                fades[g] = weigh(weights[g], count, slice.largest[own + g], slice.total[own + g]);
+            gather(weights, fades, values, {keys[BLOCK], keys.stride}, count, &slice.joint[own * WIDTH]);
+        }
+    }
+}
+
+void write_row(const Element* row, int64_t width, Element* to, Element* also_to) {
+    std::memcpy(to, row, width * sizeof(Element));
+    if (also_to) std::memcpy(also_to, row, width * sizeof(Element));
+}
+
+// query (B, H, WIDTH); key and value (B, K, WIDTH) or none: the sequences' newest rows; table (B, 7).
+Tensor decode(
+    const Tensor query, const std::optional<Tensor> key, const std::optional<Tensor> value, const Tensor table,
+    double scale
+) {
+    Tensor output = torch::stable::empty_like(query);
+    const int64_t count = query.size(0), heads = query.size(1), kv_heads = heads / GROUP, width = kv_heads * WIDTH;
+    const Sequence* sequences = static_cast<const Sequence*>(table.const_data_ptr());
+    if (key && value) {
+        const Element* keys = static_cast<const Element*>(key->const_data_ptr());
+        const Element* values = static_cast<const Element*>(value->const_data_ptr());
+        for (int64_t s = 0; s < count; ++s) {
+            const Sequence& own = sequences[s];
+            write_row(keys + s * width, width, own.keys + (own.rows - 1) * own.key_stride, own.kept_key);
+            write_row(values + s * width, width, own.values + (own.rows - 1) * own.value_stride, own.kept_value);
+        }
+    }
+
+    const Element* queries = static_cast<const Element*>(query.const_data_ptr());
+    std::vector<float> wide(count * heads * WIDTH);
+    for (size_t i = 0; i < wide.size(); ++i) wide[i] = widened(queries[i]);
+    int64_t rows = 0;
+    for (int64_t s = 0; s < count; ++s) rows += sequences[s].rows;
+    const int64_t even = rows / (SLICES * omp_get_max_threads()) + 1;
+    const int64_t share = std::max<int64_t>(even, SMALLEST_SLICE / (width * sizeof(Element)));
+    std::vector<Slice> slices;
+    for (int64_t s = 0; s < count; ++s)
+        for (int64_t from = 0; from < sequences[s].rows; from += share)
+            slices.push_back({s, from, std::min(from + share, sequences[s].rows), {}, {}, {}});
+
+#pragma omp parallel for schedule(dynamic) if (slices.size() > 1)
+    for (size_t i = 0; i < slices.size(); ++i) {
+        const int64_t s = slices[i].sequence;
+        attend(sequences[s], &wide[s * heads * WIDTH], kv_heads, scale, slices[i]);
+    }
+
+    // A sequence's slices are joined by the sums of their weights.
+    Element* outputs = static_cast<Element*>(output.mutable_data_ptr());
+    for (size_t from = 0, to = 0; from < slices.size(); from = to) {
+        while (to < slices.size() && slices[to].sequence == slices[from].sequence) ++to;
+        Element* own = outputs + slices[from].sequence * heads * WIDTH;
+        for (int64_t head = 0; head < heads; ++head) {
+            float largest = NOTHING, total = 0, joint[WIDTH] = {};
+            for (size_t i = from; i < to; ++i) largest = std::max(largest, slices[i].largest[head]);
+            for (size_t i = from; i < to; ++i) {
+                const float worth = std::exp(slices[i].largest[head] - largest);
+                total += worth * slices[i].total[head];
+                for (int c = 0; c < WIDTH; ++c) joint[c] += worth * slices[i].joint[head * WIDTH + c];
+            }
+            for (int c = 0; c < WIDTH; ++c) write(joint[c] / total, own + head * WIDTH + c);
+        }
+    }
+    return output;
+}
+
+#define TEXT(name) #name
+#define TEXT_OF(name) TEXT(name)
+
+STABLE_TORCH_LIBRARY_FRAGMENT(kvell, library) {
+    library.def(TEXT_OF(OPERATOR) "(Tensor query, Tensor? key, Tensor? value, Tensor table, float scale) -> Tensor");
+}
+
+STABLE_TORCH_LIBRARY_IMPL(kvell, CPU, library) { library.impl(TEXT_OF(OPERATOR), TORCH_BOX(&decode)); }
