@@ -8,6 +8,7 @@ T tokens of a step, of all its sequences end to end; C hidden size; V vocabulary
 import hashlib
 import operator
 from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, Self, overload
 
@@ -20,7 +21,7 @@ from kvell.cache import Cache, StreamSpecs
 from kvell.config import ModelConfig
 from kvell.draft import DraftBlock
 from kvell.errors import CacheError, InputError, warn, whole_number
-from kvell.kernels.choice import chosen
+from kvell.kernels.choice import chosen, use
 from kvell.kernels.heap import keep_freed_memory
 from kvell.kernels.linear import linear
 from kvell.layer import Layer
@@ -65,6 +66,7 @@ class Decoder(nn.Module):
         self._streams, self._draft_streams = config.streams(), config.draft_streams()
         self._last_writer = max(layer for layer, _ in self._streams)
         self._compiled: dict[int, DecodingStep] = {}  # by the number of sequences
+        self._code: Path | None = None  # where kernels in C++ are kept, once they are wanted
         self.reset_parameters()
 
     @property
@@ -128,7 +130,7 @@ class Decoder(nn.Module):
         if self.device.type == "cpu":
             keep_freed_memory()
         recorded = torch.is_grad_enabled() and cache is None
-        with torch.set_grad_enabled(recorded):
+        with torch.set_grad_enabled(recorded), self._kernels():
             if recorded or observed is not None or sum(lengths) <= self._max_step:
                 step = Step.of(tokens.flatten(), lengths, cache, self._sources, observed)
                 logits, streams = self._step(step, last_only, return_streams)
@@ -219,16 +221,18 @@ class Decoder(nn.Module):
         fast: compiled to machine code on the CPU, recorded as CUDA graphs on a CUDA device.
 
         From here on `forward` runs it whenever a call is such a step and asks for logits alone (no `return_streams`);
-        compiled, its logits are equal to float tolerance, recorded, to the bit. Compiling takes up to a minute; the
-        code is kept in `folder` (`~/.cache/kvell`, or in XDG_CACHE_HOME) and found there by later processes, within
-        seconds. It sees weights that change in place, and ends with a warning where they move: after `.to()`, or when
-        other tensors take their place, call this again. Copies of the model are without it. InputError on other
-        devices, without a C++ compiler, and where the folder cannot be written.
+        compiled, its logits are equal to float tolerance, recorded, to the bit. Other calls take kernels in C++ where
+        there are some (kernels/cpp/). Compiling takes up to a minute; the code is kept in `folder` (`~/.cache/kvell`,
+        or in XDG_CACHE_HOME) and found there by later processes, within seconds. It sees weights that change in place,
+        and ends with a warning where they move: after `.to()`, or when other tensors take their place, call this
+        again. Copies of the model are without it. InputError on other devices, without a C++ compiler, and where the
+        folder cannot be written.
         """
         from kvell.decoding import decoding_step
 
         count = whole_number("batch_size", batch_size, error=InputError)
         self._compiled[count] = decoding_step(self, count, folder)
+        self._code = self._compiled[count].folder
         return self
 
     def save_pretrained(self, path: str | Path, *, max_shard_bytes: int = 4 * 2**30) -> None:
@@ -290,8 +294,12 @@ class Decoder(nn.Module):
             return None
         return compiled
 
+    def _kernels(self) -> AbstractContextManager[None]:
+        """Once compiled, a model on the CPU takes kernels in C++, unless its caller chose others."""
+        return nullcontext() if self._code is None or chosen() != "fast" else use("cpp", self._code)
+
     def __getstate__(self) -> dict[str, Any]:
-        return self.__dict__ | {"_compiled": {}}
+        return self.__dict__ | {"_compiled": {}, "_code": None}
 
     @property
     def _max_step(self) -> int:

@@ -22,6 +22,7 @@ class DecodingStep(Protocol):
     """What runs in place of a model's own forward, for as long as the weights lie where they are."""
 
     weights: Weights
+    folder: Path | None  # where code that was compiled is kept
 
     def __call__(self, step: Step) -> Tensor:
         """Logits (B, V) of a step of one token for each of B sequences."""

@@ -117,7 +117,8 @@ class CompiledStep:
 
     def __init__(self, model: "Decoder", batch_size: int, folder: Path) -> None:
         """InputError where nothing can be compiled."""
-        self.weights, self.folder, self.num_layers = Weights(model), folder, len(model.config.layers)
+        self.weights, self.num_layers = Weights(model), len(model.config.layers)
+        self.folder: Path | None = folder
         traced = _OneToken(model, self._keep)
         tokens, positions = torch.zeros(2, batch_size, dtype=torch.long, device="cpu")
         rows = empty_table(self.num_layers, batch_size)
@@ -127,27 +128,19 @@ class CompiledStep:
         given |= dict(traced.named_parameters(remove_duplicate=False))
         given |= dict(traced.named_buffers(remove_duplicate=False))
         self.run, self.used = machine_code(program, given, folder)
-        # What parts of it compile when they first run is compiled now.
-        cache = model.make_cache(batch_size)
-        with torch.no_grad():
-            self._run(Step.of(tokens, [1] * batch_size, cache, model.config.reads()))
 
     def _keep(self, left_out: _LeftOut) -> None:
         self.left_out = left_out
 
     def __call__(self, step: Step) -> Tensor:
         """Logits (B, V)."""
-        return self._run(step)
-
-    def _run(self, step: Step) -> Tensor:
         # What is compiled looks at no dtype and no stride.
         tokens = step.tokens.long().contiguous()
         rows = empty_table(self.num_layers, len(tokens))
         held = fill_table(rows, self.left_out.attentions, step)
         _running.step, _running.parts, _running.error = step, self.left_out.parts, None
         try:
-            with use("cpp", self.folder):
-                logits: Tensor = self.run([tokens, step.positions, rows])[0]
+            logits: Tensor = self.run([tokens, step.positions, rows])[0]
             return logits
         except RuntimeError:
             # On its way through the machine code an error in a part has lost what it is.

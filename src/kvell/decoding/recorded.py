@@ -56,6 +56,7 @@ class RecordedStep:
 
     def __init__(self, model: "Decoder", batch_size: int) -> None:
         self.weights = Weights(model)
+        self.folder = None
         self.graphs: list[torch.cuda.CUDAGraph] = []
         self.parts: list[_Apart] = []
         self.lock = Lock()

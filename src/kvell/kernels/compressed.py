@@ -21,8 +21,8 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 from torch.nn import functional as F
 
-from kvell.kernels.choice import reference_wanted, triton_wanted
-from kvell.kernels.top_k import top_k_ascending
+from kvell.kernels.choice import cpp_wanted, reference_wanted, triton_wanted
+from kvell.kernels.top_k import top_k_of_seen
 
 # Scores of a block of queries are at most about so many numbers: large enough to keep matrix products efficient.
 BLOCK_NUMBERS = 1 << 22
@@ -289,6 +289,12 @@ def index_scores(
     """The indexer's score of every entry for every query, fp32."""
     if query.shape[0] == 1:
         return weights.float() @ (query[0].float() @ keys.float().T).relu_()
+    if cpp_wanted(query) and not torch.is_grad_enabled():
+        from kvell.kernels.cpp import operator
+
+        run = operator("index", HEADS=query.shape[1], WIDTH=query.shape[2])
+        scores: Tensor = run(*(given.float().contiguous() for given in (query, weights, keys)))
+        return scores
     relevant = (query.float() @ keys.float().T).relu_()
     return (weights.float()[:, None] @ relevant).squeeze(1)
 
@@ -338,7 +344,7 @@ def pick_for_one(
 ) -> Int[Tensor, "1 P"]:
     """A single query: nothing to mask."""
     seen = int(visible)
-    best = top_k_ascending(index_scores(query, weights, keys[:seen]), min(top_k, seen))
+    best = top_k_of_seen(index_scores(query, weights, keys[:seen]), None, min(top_k, seen))
     missing = min(top_k, len(keys)) - best.shape[1]
     return F.pad(best, (0, missing), value=-1) if missing else best
 
@@ -359,11 +365,6 @@ def pick_blocked(
         most = int(seen.max())
         if most == 0:
             continue
-        scores = index_scores(query[block], weights[block], keys[:most])
-        # What all of the block see needs no mask.
-        least = int(seen.min())
-        newest = torch.arange(least, most, device=seen.device)
-        scores[:, least:].masked_fill_(newest >= seen[:, None], float("-inf"))
-        best = top_k_ascending(scores, min(top_k, most))
-        picks[block, : best.shape[1]] = torch.where(best < seen[:, None], best, -1)
+        best = top_k_of_seen(index_scores(query[block], weights[block], keys[:most]), seen, min(top_k, most))
+        picks[block, : best.shape[1]] = best
     return picks

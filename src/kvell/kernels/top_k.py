@@ -5,6 +5,8 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from kvell.kernels.choice import cpp_wanted
+
 
 def top_k_lowest_first(scores: Float[Tensor, "*shape N"], k: int) -> Int[Tensor, "*shape k"]:
     """Indices of the k largest scores, largest first; of equal scores the lowest index first."""
@@ -26,6 +28,25 @@ def top_k_ascending(scores: Float[Tensor, "R N"], k: int) -> Int[Tensor, "R k"]:
         among = above | (level & (level.cumsum(dim=1) <= wanted))
         chosen[tied] = among.nonzero()[:, 1].view(len(tied), k)
     return chosen
+
+
+def top_k_of_seen(scores: Float[Tensor, "R N"], seen: Int[Tensor, " R"] | None, k: int) -> Int[Tensor, "R k"]:
+    """The same choice among the first `seen` scores of each row, None for all of them, then -1 where those are fewer;
+    the scores are not needed any more."""
+    if cpp_wanted(scores):
+        from kvell.kernels.cpp import operator
+
+        counts = torch.full(scores.shape[:1], scores.shape[1], device="cpu") if seen is None else seen
+        picks: Tensor = operator("top_k")(scores.float().contiguous(), counts.contiguous(), k)
+        return picks
+    if seen is None:
+        return top_k_ascending(scores, k)
+    # What all of the rows see needs no mask.
+    least = int(seen.min())
+    newest = torch.arange(least, scores.shape[1], device=seen.device)
+    scores[:, least:].masked_fill_(newest >= seen[:, None], float("-inf"))
+    best = top_k_ascending(scores, k)
+    return torch.where(best < seen[:, None], best, -1)
 
 
 def _largest(scores: Float[Tensor, "R N"], k: int) -> tuple[Float[Tensor, "R k"], Int[Tensor, "R k"]]:

@@ -25,9 +25,10 @@ FLAGS = ("-ffp-contract=fast", "-ftree-loop-vectorize", "-fno-math-errno")
 def operator(kernel: str, **constants: int | str) -> Any:
     """The operator of a kernel for these constants. InputError where it cannot be compiled."""
     name = "_".join([kernel, *map(str, constants.values())])
-    source, folder = Path(__file__).with_name(f"{kernel}.cpp"), code_folder()
+    here, folder = Path(__file__).parent, code_folder()
+    source = here / f"{kernel}.cpp"
     flags = [*FLAGS, *(f"-D{constant}={value}" for constant, value in (constants | {"OPERATOR": name}).items())]
-    said = [source.read_text(), str(flags), torch.__version__, processor()]
+    said = [(here / "common.h").read_text(), source.read_text(), str(flags), torch.__version__, processor()]
     file = folder / f"{name}-{hashlib.sha256(''.join(said).encode()).hexdigest()[:32]}.so"
     with keeping_code_in(folder):
         if not file.exists():

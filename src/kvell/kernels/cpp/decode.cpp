@@ -19,36 +19,22 @@
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
 
+#include "common.h"
+
 using Element = ELEMENT;
 using torch::stable::Tensor;
 
-// How many numbers the processor works on at once, and about how many such vectors it has room for.
-#if defined(__AVX512F__)
-constexpr int WIDEST = 16, REGISTERS = 16;
-#elif defined(__AVX2__)
-constexpr int WIDEST = 8, REGISTERS = 8;
-#else
-constexpr int WIDEST = 4, REGISTERS = 16;
-#endif
-
 constexpr int LANES = std::gcd(WIDTH, WIDEST), VECTORS = WIDTH / LANES, BLOCK = 64;
+using Vector = Floats<LANES>::type;
 constexpr float NOTHING = -std::numeric_limits<float>::infinity();
 // A slice has at least so many bytes of keys: below, another thread gains nothing.
 constexpr int64_t SMALLEST_SLICE = 1 << 17;
 // So many slices a thread: one that is held up leaves the rest to the others.
 constexpr int64_t SLICES = 4;
 
-constexpr int largest_divisor(int number, int most) {
-    int divisor = std::max(std::min(number, most), 1);
-    while (number % divisor) --divisor;
-    return divisor;
-}
 // Query heads that read a key at once, and vectors of a value's row that are added to all of a group's at once.
 constexpr int HEADS = largest_divisor(GROUP, REGISTERS / 2);
 constexpr int TILE = largest_divisor(VECTORS, REGISTERS / GROUP);
-
-template <int lanes> struct Floats { typedef float type __attribute__((vector_size(4 * lanes))); };
-using Vector = Floats<LANES>::type;
 
 inline Vector load(const float* from) {
     Vector vector;
@@ -62,16 +48,6 @@ inline Vector load(const uint16_t* from) {
     Halves halves;
     std::memcpy(&halves, from, sizeof halves);
     return (Vector)(__builtin_convertvector(halves, Words) << 16);
-}
-
-template <int lanes> inline float sum(typename Floats<lanes>::type vector) {
-    if constexpr (lanes == 2) {
-        return vector[0] + vector[1];
-    } else {
-        typename Floats<lanes / 2>::type halves[2];
-        std::memcpy(halves, &vector, sizeof vector);
-        return sum<lanes / 2>(halves[0] + halves[1]);
-    }
 }
 
 inline float widened(float number) { return number; }
@@ -247,11 +223,8 @@ Tensor decode(
     return output;
 }
 
-#define TEXT(name) #name
-#define TEXT_OF(name) TEXT(name)
-
 STABLE_TORCH_LIBRARY_FRAGMENT(kvell, library) {
-    library.def(TEXT_OF(OPERATOR) "(Tensor query, Tensor? key, Tensor? value, Tensor table, float scale) -> Tensor");
+    library.def(NAME "(Tensor query, Tensor? key, Tensor? value, Tensor table, float scale) -> Tensor");
 }
 
-STABLE_TORCH_LIBRARY_IMPL(kvell, CPU, library) { library.impl(TEXT_OF(OPERATOR), TORCH_BOX(&decode)); }
+STABLE_TORCH_LIBRARY_IMPL(kvell, CPU, library) { library.impl(NAME, TORCH_BOX(&decode)); }
