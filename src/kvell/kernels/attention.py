@@ -40,16 +40,19 @@ def attention(
 
         if takes(query, keys, counts):
             return ragged_decode(query, keys, values, scale=scale, window=window)
+    run = attention_reference if reference_wanted() else attention_blocked
     if cpp_wanted(query):
+        from kvell.kernels.cpp import attention as in_cpp
         from kvell.kernels.cpp import decode
 
         if decode.takes(query, keys, counts):
             return decode.ragged_decode(query, keys, values, scale=scale, window=window)
-    run = attention_reference if reference_wanted() else attention_blocked
+        if in_cpp.takes(query, keys[0]):
+            run = in_cpp.causal_attention
     if len(counts) == 1:
         return run(query, keys[0], values[0], scale=scale, window=window)
     fresh = all(len(key) == count for key, count in zip(keys, counts, strict=True))
-    if fresh and len(set(counts)) == 1 and not reference_wanted():
+    if fresh and len(set(counts)) == 1 and run is attention_blocked:
         # Sequences of one length with nothing before them (training): one call for all of them.
         batched = query.unflatten(0, (len(counts), counts[0]))
         return _several(batched, torch.stack(list(keys)), torch.stack(list(values)), scale, window).flatten(0, 1)

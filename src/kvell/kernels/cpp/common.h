@@ -3,7 +3,10 @@
 #pragma once
 
 #include <algorithm>
+#include <cmath>
+#include <cstdint>
 #include <cstring>
+#include <numeric>
 
 // How many numbers the processor works on at once, and about how many such vectors it has room for.
 #if defined(__AVX512F__)
@@ -26,11 +29,48 @@ template <int lanes> inline float sum(typename Floats<lanes>::type vector) {
     }
 }
 
+// 2^x for x <= 0, to within 3e-7 of it, and 0 below 2^-127.
+template <int lanes> inline typename Floats<lanes>::type power_of_two(typename Floats<lanes>::type x) {
+    using Vector = typename Floats<lanes>::type;
+    typedef int32_t Words __attribute__((vector_size(4 * lanes)));
+    const Vector least = Vector{} - 127.f, shift = Vector{} + 12582912.f;  // 1.5 * 2^23: added to x, it rounds it
+    x = x < least ? least : x;  // what is not a number stays that
+    const Vector whole = x + shift, part = x - (whole - shift);
+    // Of the polynomials of this degree that are 1 at 0, the one that comes nearest to 2^part for |part| <= 1/2: 9e-8.
+    Vector power = Vector{} + 1.3264726e-3f;
+    for (const float term : {9.6715138e-3f, 5.5507338e-2f, 2.4022242e-1f, 6.9314698e-1f, 1.f}) power = power * part + term;
+    return (Vector)((Words)power + ((Words)whole << 23));
+}
+
+inline float widened(float number) { return number; }
+inline float widened(uint16_t bits) {
+    const uint32_t word = uint32_t(bits) << 16;
+    float number;
+    std::memcpy(&number, &word, sizeof number);
+    return number;
+}
+
+inline void write(float number, float* to) { *to = number; }
+inline void write(float number, uint16_t* to) {
+    uint32_t word;
+    std::memcpy(&word, &number, sizeof word);
+    *to = std::isnan(number) ? 0x7fc0 : (word + 0x7fff + ((word >> 16) & 1)) >> 16;  // ties to even
+}
+
+template <int lanes = WIDEST> inline typename Floats<lanes>::type load(const float* from) {
+    typename Floats<lanes>::type vector;
+    std::memcpy(&vector, from, sizeof vector);
+    return vector;
+}
+
 constexpr int largest_divisor(int number, int most) {
     int divisor = std::max(std::min(number, most), 1);
     while (number % divisor) --divisor;
     return divisor;
 }
+
+constexpr float LOG2_E = 1.44269504088896341f;
+constexpr float LOWEST = -1e30;  // below every score, and finite: a difference of two is a number
 
 #define TEXT(name) #name
 #define TEXT_OF(name) TEXT(name)

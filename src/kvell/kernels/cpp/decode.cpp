@@ -1,15 +1,14 @@
 // Attention of one new token per sequence over the rows that each sequence holds; see decode.py.
 //
 // Compiled for one shape: WIDTH channels a head, GROUP query heads for each KV head, an ELEMENT that is float or, kept
-// as uint16_t, bfloat16. All arithmetic is fp32. A slice of a sequence's rows goes through in blocks, in a streaming softmax
-// (Milakov and Gimelshein 2018, arXiv 1805.02867). Reading takes longer than computing: while one half of a block is
+// as uint16_t, bfloat16. All arithmetic is fp32. A slice of a sequence's rows goes through in blocks, in a streaming
+// softmax (Milakov and Gimelshein 2018, arXiv 1805.02867). Reading takes longer than computing: while one half of a block is
 // worked on, its keys or its values, the half that comes next is fetched.
 
 #include <algorithm>
 #include <cmath>
 #include <cstdint>
 #include <cstring>
-#include <limits>
 #include <numeric>
 #include <optional>
 #include <vector>
@@ -26,7 +25,6 @@ using torch::stable::Tensor;
 
 constexpr int LANES = std::gcd(WIDTH, WIDEST), VECTORS = WIDTH / LANES, BLOCK = 64;
 using Vector = Floats<LANES>::type;
-constexpr float NOTHING = -std::numeric_limits<float>::infinity();
 // A slice has at least so many bytes of keys: below, another thread gains nothing.
 constexpr int64_t SMALLEST_SLICE = 1 << 17;
 // So many slices a thread: one that is held up leaves the rest to the others.
@@ -36,33 +34,13 @@ constexpr int64_t SLICES = 4;
 constexpr int HEADS = largest_divisor(GROUP, REGISTERS / 2);
 constexpr int TILE = largest_divisor(VECTORS, REGISTERS / GROUP);
 
-inline Vector load(const float* from) {
-    Vector vector;
-    std::memcpy(&vector, from, sizeof vector);
-    return vector;
-}
-
-inline Vector load(const uint16_t* from) {
+inline Vector loaded(const float* from) { return load<LANES>(from); }
+inline Vector loaded(const uint16_t* from) {
     typedef uint16_t Halves __attribute__((vector_size(2 * LANES)));
     typedef uint32_t Words __attribute__((vector_size(4 * LANES)));
     Halves halves;
     std::memcpy(&halves, from, sizeof halves);
     return (Vector)(__builtin_convertvector(halves, Words) << 16);
-}
-
-inline float widened(float number) { return number; }
-inline float widened(uint16_t bits) {
-    const uint32_t word = uint32_t(bits) << 16;
-    float number;
-    std::memcpy(&number, &word, sizeof number);
-    return number;
-}
-
-inline void write(float number, float* to) { *to = number; }
-inline void write(float number, uint16_t* to) {
-    uint32_t word;
-    std::memcpy(&word, &number, sizeof word);
-    *to = std::isnan(number) ? 0x7fc0 : (word + 0x7fff + ((word >> 16) & 1)) >> 16;  // ties to even
 }
 
 // One head's rows: where the first begins, and how many elements further the next one does.
@@ -84,27 +62,34 @@ inline void score(const float* query, Rows keys, Rows next, int count, float sca
         for (int first = 0; first < GROUP; first += HEADS) {
             Vector products[HEADS] = {};
             for (int v = 0; v < VECTORS; ++v) {
-                const Vector part = load(key + v * LANES);
-                for (int g = 0; g < HEADS; ++g) products[g] += part * load(query + (first + g) * WIDTH + v * LANES);
+                const Vector part = loaded(key + v * LANES);
+                for (int g = 0; g < HEADS; ++g) products[g] += part * loaded(query + (first + g) * WIDTH + v * LANES);
             }
             for (int g = 0; g < HEADS; ++g) scores[first + g][i] = sum<LANES>(products[g]) * scale;
         }
     }
 }
 
-// Scores become weights, relative to the largest score so far; returns what earlier weights are worth by now.
+// Scores, in units of a doubling, become weights, relative to the largest score so far; returns what earlier weights
+// are worth by now.
 inline float weigh(float* scores, int count, float& largest, float& total) {
-    float larger = largest, added = 0;
-#pragma omp simd reduction(max : larger)
-    for (int i = 0; i < count; ++i) larger = std::max(larger, scores[i]);
-#pragma omp simd reduction(+ : added)
-    for (int i = 0; i < count; ++i) {
-        scores[i] = std::exp(scores[i] - larger);
-        added += scores[i];
+    std::fill(scores + count, scores + BLOCK, 2 * LOWEST);
+    auto most = load(scores);
+    for (int i = WIDEST; i < BLOCK; i += WIDEST) {
+        const auto other = load(scores + i);
+        most = most < other ? other : most;
     }
-    const float fade = std::exp(largest - larger);
+    float larger = largest;
+    for (int i = 0; i < WIDEST; ++i) larger = std::max(larger, most[i]);
+    auto added = most - most;
+    for (int i = 0; i < BLOCK; i += WIDEST) {
+        const auto weights = power_of_two<WIDEST>(load(scores + i) - larger);
+        added += weights;
+        std::memcpy(scores + i, &weights, sizeof weights);
+    }
+    const float fade = std::exp2(largest - larger);
     largest = larger;
-    total = total * fade + added;
+    total = total * fade + sum<WIDEST>(added);
     return fade;
 }
 
@@ -115,11 +100,11 @@ inline void gather(
     for (int first = 0; first < VECTORS; first += TILE) {
         Vector sums[GROUP][TILE];
         for (int g = 0; g < GROUP; ++g)
-            for (int v = 0; v < TILE; ++v) sums[g][v] = load(joint + g * WIDTH + (first + v) * LANES) * fades[g];
+            for (int v = 0; v < TILE; ++v) sums[g][v] = loaded(joint + g * WIDTH + (first + v) * LANES) * fades[g];
         for (int i = 0; i < count; ++i) {
             next.fetch(i, first * LANES, TILE * LANES);
             for (int v = 0; v < TILE; ++v) {
-                const Vector part = load(values[i] + (first + v) * LANES);
+                const Vector part = loaded(values[i] + (first + v) * LANES);
                 for (int g = 0; g < GROUP; ++g) sums[g][v] += part * weights[g][i];
             }
         }
@@ -145,7 +130,7 @@ struct Slice {
 
 void attend(const Sequence& sequence, const float* query, int64_t kv_heads, float scale, Slice& slice) {
     const int64_t heads = kv_heads * GROUP;
-    slice.largest.assign(heads, NOTHING);
+    slice.largest.assign(heads, LOWEST);
     slice.total.assign(heads, 0);
     slice.joint.assign(heads * WIDTH, 0);
     float weights[GROUP][BLOCK], fades[GROUP];
@@ -201,7 +186,7 @@ Tensor decode(
 #pragma omp parallel for schedule(dynamic) if (slices.size() > 1)
     for (size_t i = 0; i < slices.size(); ++i) {
         const int64_t s = slices[i].sequence;
-        attend(sequences[s], &wide[s * heads * WIDTH], kv_heads, scale, slices[i]);
+        attend(sequences[s], &wide[s * heads * WIDTH], kv_heads, float(scale) * LOG2_E, slices[i]);
     }
 
     // A sequence's slices are joined by the sums of their weights.
@@ -210,10 +195,10 @@ Tensor decode(
         while (to < slices.size() && slices[to].sequence == slices[from].sequence) ++to;
         Element* own = outputs + slices[from].sequence * heads * WIDTH;
         for (int64_t head = 0; head < heads; ++head) {
-            float largest = NOTHING, total = 0, joint[WIDTH] = {};
+            float largest = LOWEST, total = 0, joint[WIDTH] = {};
             for (size_t i = from; i < to; ++i) largest = std::max(largest, slices[i].largest[head]);
             for (size_t i = from; i < to; ++i) {
-                const float worth = std::exp(slices[i].largest[head] - largest);
+                const float worth = std::exp2(slices[i].largest[head] - largest);
                 total += worth * slices[i].total[head];
                 for (int c = 0; c < WIDTH; ++c) joint[c] += worth * slices[i].joint[head * WIDTH + c];
             }

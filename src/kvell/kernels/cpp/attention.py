@@ -1,0 +1,38 @@
+"""Causal attention of one sequence's newest tokens, in C++: full or within a window, without a mask in memory.
+
+torch's attention on the CPU takes a mask for a window, and multiplies blocks by a library made for large matrices.
+Here products, exponentials and what is visible are one loop, over what a query may see and no more.
+"""
+
+from jaxtyping import Float
+from torch import Tensor, float32, is_grad_enabled
+
+from kvell.kernels.cpp import operator
+from kvell.kernels.cpp.decode import ELEMENTS
+from kvell.kernels.linear import multiplies_bf16
+
+UNLIMITED = 1 << 62
+
+
+def takes(query: Tensor, key: Tensor) -> bool:
+    """Whether this is the faster way: torch multiplies bf16 faster where the processor does so by itself."""
+    recorded = is_grad_enabled() and (query.requires_grad or key.requires_grad)
+    alike = query.dtype is key.dtype  # which they are not under autocast, with a cache
+    faster = query.dtype is float32 or not multiplies_bf16()
+    return alike and query.dtype in ELEMENTS and faster and not recorded
+
+
+def causal_attention(
+    query: Float[Tensor, "n H D"],
+    key: Float[Tensor, "S K D"],
+    value: Float[Tensor, "S K D"],
+    *,
+    scale: float,
+    window: int | None,
+) -> Float[Tensor, "n H D"]:
+    """The queries are the last n of the sequence's S tokens."""
+    group, width = query.shape[1] // key.shape[1], query.shape[2]
+    run = operator("attention", WIDTH=width, GROUP=group, ELEMENT=ELEMENTS[query.dtype])
+    rows = (own if own.stride()[1:] == (width, 1) else own.contiguous() for own in (key, value))
+    y: Tensor = run(query.contiguous(), *rows, scale, UNLIMITED if window is None else window)
+    return y
