@@ -75,7 +75,8 @@ def keeping_code_in(folder: Path) -> Iterator[None]:
     except OSError as error:
         raise InputError(f"compiled code cannot be kept in {folder}: {error.strerror or error}") from None
     except CppCompileError as error:
-        raise InputError(f"compile: the C++ compiler failed: {str(error).strip().splitlines()[-1]}") from None
+        *said, last = str(error).strip().splitlines()
+        raise InputError(f"compile: the C++ compiler failed: {next((x for x in said if ' error: ' in x), last)}") from None
 
 
 def processor() -> str:

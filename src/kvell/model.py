@@ -223,10 +223,10 @@ class Decoder(nn.Module):
         From here on `forward` runs it whenever a call is such a step and asks for logits alone (no `return_streams`);
         compiled, its logits are equal to float tolerance, recorded, to the bit. Other calls take kernels in C++ where
         there are some (kernels/cpp/). Compiling takes up to a minute; the code is kept in `folder` (`~/.cache/kvell`,
-        or in XDG_CACHE_HOME) and found there by later processes, within seconds. It sees weights that change in place,
-        and ends with a warning where they move: after `.to()`, or when other tensors take their place, call this
-        again. Copies of the model are without it. InputError on other devices, without a C++ compiler, and where the
-        folder cannot be written.
+        or in XDG_CACHE_HOME) and found there by later processes, within seconds. Weights that change in place are
+        seen; where they move, compiled decoding ends with a warning: after `.to()`, or when other tensors take their
+        place, call this again. Copies of the model are without it. InputError on other devices, without a C++
+        compiler, and where the folder cannot be written.
         """
         from kvell.decoding import decoding_step
 

@@ -105,7 +105,7 @@ class Stream:
         return visible
 
     def extend(self, added: int, keep: int) -> tuple[Tensor, Tensor | None]:
-        """The same for rows yet to be written: what `append` returns, in which they are the last ones, and where those of
+        """The same for rows yet to be written: what `append` returns, of which they are the last, and where those of
         them that are kept must be written as well, if that is elsewhere."""
         visible, room = self.count + added, self.buffer.shape[0]
         if self.buffer.is_inference() and not torch.is_inference_mode_enabled():

@@ -13,6 +13,7 @@ grouped product does not take, as in fp32, run in another way.)
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
+from pathlib import Path
 from threading import Lock
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -56,7 +57,7 @@ class RecordedStep:
 
     def __init__(self, model: "Decoder", batch_size: int) -> None:
         self.weights = Weights(model)
-        self.folder = None
+        self.folder: Path | None = None
         self.graphs: list[torch.cuda.CUDAGraph] = []
         self.parts: list[_Apart] = []
         self.lock = Lock()

@@ -9,7 +9,7 @@ B sequences, T queries of all sequences laid end to end, S rows seen, H query he
 Neither version pads or holds T x S scores for all queries: the fast one works in blocks of queries.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -40,7 +40,7 @@ def attention(
 
         if takes(query, keys, counts):
             return ragged_decode(query, keys, values, scale=scale, window=window)
-    run = attention_reference if reference_wanted() else attention_blocked
+    run: Callable[..., Tensor] = attention_reference if reference_wanted() else attention_blocked
     if cpp_wanted(query):
         from kvell.kernels.cpp import attention as in_cpp
         from kvell.kernels.cpp import decode

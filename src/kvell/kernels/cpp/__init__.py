@@ -17,8 +17,8 @@ import torch
 from kvell.hardware import check_compiler, keeping_code_in, processor
 from kvell.kernels.choice import code_folder
 
-# After those that torch compiles its own kernels with, which leave out fused products and loops in vectors.
-FLAGS = ("-ffp-contract=fast", "-ftree-loop-vectorize", "-fno-math-errno")
+# After those that torch compiles its own kernels with, which leave out fused products.
+FLAGS = ("-ffp-contract=fast", "-fno-math-errno")
 
 
 @cache

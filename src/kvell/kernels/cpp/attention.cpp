@@ -48,10 +48,11 @@ template <int rows, int depth, class A> inline void product(A a, const float (*b
     }
 }
 
-// TILE rows from `tile` on, of which those behind `end` are zeros.
+// The next TILE rows, in fp32; where no more are there, zeros.
 void copy_rows(const Element* from, int64_t stride, int64_t there, float (*to)[WIDTH]) {
     for (int64_t i = 0; i < TILE; ++i)
-        for (int c = 0; c < WIDTH; ++c) to[i][c] = i < there ? widened(from[i * stride + c]) : 0;
+        if (i >= there) std::memset(to[i], 0, sizeof to[i]);
+        else widen<WIDTH>(from + i * stride, to[i]);
 }
 
 void attend(Panel& panel, const float (*keys)[WIDTH], const float (*values)[WIDTH], int64_t tile, bool all, int64_t window) {
@@ -64,10 +65,7 @@ void attend(Panel& panel, const float (*keys)[WIDTH], const float (*values)[WIDT
     Vector fade[2];
     for (int v = 0; v < 2; ++v) {
         Vector larger = panel.largest[v], added = {};
-        for (int i = 0; i < TILE; ++i) {
-            const Vector score = load(scores[i] + v * WIDEST);
-            larger = larger < score ? score : larger;
-        }
+        for (int i = 0; i < TILE; ++i) larger = larger_of(larger, load(scores[i] + v * WIDEST));
         for (int i = 0; i < TILE; ++i) {
             const Vector weight = power_of_two<WIDEST>(load(scores[i] + v * WIDEST) - larger);
             added += weight;

@@ -19,14 +19,24 @@ constexpr int WIDEST = 4, REGISTERS = 16;
 
 template <int lanes> struct Floats { typedef float type __attribute__((vector_size(4 * lanes))); };
 
-template <int lanes> inline float sum(typename Floats<lanes>::type vector) {
+// Of two vectors, or numbers, the larger one's; a's where b's is not a number.
+template <class Number> inline Number larger_of(Number a, Number b) { return a < b ? b : a; }
+
+// All of a vector's numbers as one, by the sum or the maximum of its halves.
+template <int lanes, class Join> inline float joined(typename Floats<lanes>::type vector, Join join) {
     if constexpr (lanes == 2) {
-        return vector[0] + vector[1];
+        return join(vector[0], vector[1]);
     } else {
         typename Floats<lanes / 2>::type halves[2];
         std::memcpy(halves, &vector, sizeof vector);
-        return sum<lanes / 2>(halves[0] + halves[1]);
+        return joined<lanes / 2>(join(halves[0], halves[1]), join);
     }
+}
+template <int lanes> inline float sum(typename Floats<lanes>::type vector) {
+    return joined<lanes>(vector, [](auto a, auto b) { return a + b; });
+}
+template <int lanes> inline float maximum(typename Floats<lanes>::type vector) {
+    return joined<lanes>(vector, [](auto a, auto b) { return larger_of(a, b); });
 }
 
 // 2^x for x <= 0, to within 3e-7 of it, and 0 below 2^-127.
@@ -48,6 +58,12 @@ inline float widened(uint16_t bits) {
     float number;
     std::memcpy(&number, &word, sizeof number);
     return number;
+}
+
+template <int count> inline void widen(const float* from, float* to) { std::memcpy(to, from, count * sizeof(float)); }
+template <int count> inline void widen(const uint16_t* from, float* to) {
+#pragma omp simd
+    for (int i = 0; i < count; ++i) to[i] = widened(from[i]);
 }
 
 inline void write(float number, float* to) { *to = number; }

@@ -75,12 +75,8 @@ inline void score(const float* query, Rows keys, Rows next, int count, float sca
 inline float weigh(float* scores, int count, float& largest, float& total) {
     std::fill(scores + count, scores + BLOCK, 2 * LOWEST);
     auto most = load(scores);
-    for (int i = WIDEST; i < BLOCK; i += WIDEST) {
-        const auto other = load(scores + i);
-        most = most < other ? other : most;
-    }
-    float larger = largest;
-    for (int i = 0; i < WIDEST; ++i) larger = std::max(larger, most[i]);
+    for (int i = WIDEST; i < BLOCK; i += WIDEST) most = larger_of(most, load(scores + i));
+    const float larger = std::max(largest, maximum<WIDEST>(most));
     auto added = most - most;
     for (int i = 0; i < BLOCK; i += WIDEST) {
         const auto weights = power_of_two<WIDEST>(load(scores + i) - larger);

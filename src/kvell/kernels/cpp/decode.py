@@ -74,8 +74,8 @@ def entry(
 
 @cache
 def decode_operator(dtype: torch.dtype, width: int, group: int) -> Any:
-    """decode(query (B, H, D), newest keys (B, K, D) or None, newest values or None, table (B, 7), scale) -> (B, H, D) for
-    heads of `width` channels and `group` query heads to a KV head; everything contiguous."""
+    """decode(query, newest keys or None, newest values or None, table, scale) for heads of `width` channels, `group`
+    query heads to a KV head: (B, H, D), (B, K, D) twice and (B, 7), all contiguous -> (B, H, D)."""
     made = operator("decode", WIDTH=width, GROUP=group, ELEMENT=ELEMENTS[dtype])
     torch.library.register_fake(made.name(), lambda query, *_: torch.empty_like(query))
     return made

@@ -27,6 +27,7 @@ void lay_out(const float* from, int64_t entries, float keys[WIDTH][TILE]) {
 }
 
 inline void score(const float* query, const float* weights, const float keys[WIDTH][TILE], float* scores) {
+    const Vector nothing = {};
     Vector total[VECTORS] = {};
     for (int first = 0; first < HEADS; first += AT_ONCE) {
         Vector products[AT_ONCE][VECTORS] = {};
@@ -38,8 +39,7 @@ inline void score(const float* query, const float* weights, const float keys[WID
             }
         for (int h = 0; h < AT_ONCE; ++h)
             for (int v = 0; v < VECTORS; ++v) {
-                const Vector product = products[h][v];
-                total[v] += (product < 0 ? Vector{} : product) * weights[first + h];
+                total[v] += larger_of(products[h][v], nothing) * weights[first + h];
             }
     }
     std::memcpy(scores, total, sizeof total);

@@ -18,8 +18,9 @@
 #include "common.h"
 
 using torch::stable::Tensor;
+using Vector = Floats<WIDEST>::type;
 
-constexpr float LOWEST = -std::numeric_limits<float>::infinity();
+constexpr float NOTHING = -std::numeric_limits<float>::infinity();
 constexpr int64_t AT_ONCE = 32;     // scores that are compared before any of them is looked at
 constexpr int64_t ALONE = 1 << 15;  // so many scores are not worth a second thread
 constexpr int64_t SMALLEST_GROUP = 4;
@@ -28,7 +29,7 @@ struct Noted {
     const int64_t wanted;
     std::vector<float> scores, sorted;
     std::vector<int64_t> places;
-    float threshold = LOWEST;
+    float threshold = NOTHING;
 
     explicit Noted(int64_t wanted) : wanted(wanted) {
         const int64_t room = std::max<int64_t>(4 * wanted, 64);
@@ -39,12 +40,12 @@ struct Noted {
     void clear() {
         scores.clear();
         places.clear();
-        threshold = LOWEST;
+        threshold = NOTHING;
     }
 
     void add(float score, int64_t place) {
         if (int64_t(scores.size()) == int64_t(scores.capacity())) forget();
-        scores.push_back(std::isnan(score) ? LOWEST : score);
+        scores.push_back(std::isnan(score) ? NOTHING : score);
         places.push_back(place);
     }
 
@@ -65,16 +66,18 @@ struct Noted {
     }
 };
 
-// The k-th largest of groups' maxima, or LOWEST where the row is too short. Groups lie side by side, AT_ONCE of them.
+// The k-th largest of groups' maxima, or NOTHING where the row is too short. Groups lie side by side, AT_ONCE of them.
 float bound(const float* scores, int64_t seen, int64_t k, std::vector<float>& maxima) {
     const int64_t blocks = 2 * k / AT_ONCE + 1, size = seen / (blocks * AT_ONCE);
-    if (size < SMALLEST_GROUP) return LOWEST;
-    maxima.assign(blocks * AT_ONCE, LOWEST);
+    if (size < SMALLEST_GROUP) return NOTHING;
+    maxima.assign(blocks * AT_ONCE, NOTHING);
     for (int64_t block = 0; block < blocks; ++block) {
         float* largest = &maxima[block * AT_ONCE];
         for (int64_t member = 0; member < size; ++member, scores += AT_ONCE) {
-#pragma omp simd
-            for (int64_t i = 0; i < AT_ONCE; ++i) largest[i] = largest[i] < scores[i] ? scores[i] : largest[i];
+            for (int64_t i = 0; i < AT_ONCE; i += WIDEST) {
+                const Vector larger = larger_of(load(largest + i), load(scores + i));
+                std::memcpy(largest + i, &larger, sizeof larger);
+            }
         }
     }
     std::nth_element(maxima.begin(), maxima.begin() + k - 1, maxima.end(), std::greater<float>());
@@ -85,17 +88,16 @@ void choose(const float* scores, int64_t seen, Noted& noted, int64_t* picks) {
     noted.clear();
     int64_t at = 0;
     const float least = bound(scores, seen, noted.wanted, noted.sorted);
-    if (least > LOWEST) {
-        noted.threshold = std::nextafter(least, LOWEST);
+    if (least > NOTHING) {
+        noted.threshold = std::nextafter(least, NOTHING);
     } else {
         for (; at < std::min(noted.wanted, seen); ++at) noted.add(scores[at], at);
         noted.threshold = *std::min_element(noted.scores.begin(), noted.scores.end());
     }
     for (; at + AT_ONCE <= seen; at += AT_ONCE) {
-        int above = 0;
-#pragma omp simd reduction(| : above)
-        for (int64_t i = 0; i < AT_ONCE; ++i) above |= scores[at + i] > noted.threshold;
-        if (!above) continue;
+        Vector largest = Vector{} + noted.threshold;
+        for (int64_t i = 0; i < AT_ONCE; i += WIDEST) largest = larger_of(largest, load(scores + at + i));
+        if (!(maximum<WIDEST>(largest) > noted.threshold)) continue;
         for (int64_t i = at; i < at + AT_ONCE; ++i)
             if (scores[i] > noted.threshold) noted.add(scores[i], i);
     }

@@ -1,0 +1,273 @@
+"""Kernels in C++ against their references, on every way of laying out rows, and whole models that run on them."""
+
+import os
+import subprocess
+import sys
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import HealthCheck, Phase, given, settings
+from hypothesis import strategies as st
+from strategies import VOCAB, configs, random_model
+from torch import Tensor
+
+from kvell import ModelConfig, kernels
+from kvell.kernels import attention as in_torch
+from kvell.kernels.attention import attention, attention_reference
+from kvell.kernels.compressed import index_scores, pick, pick_reference
+from kvell.kernels.cpp import attention as in_cpp
+from kvell.kernels.cpp import decode
+from kvell.kernels.top_k import top_k_of_seen
+
+FLOAT, BFLOAT = torch.float32, torch.bfloat16
+# Heads of this width, so many KV heads, and query heads for each: vectors of every length, more heads than registers.
+SHAPES = [(64, 2, 2), (2, 1, 1), (6, 2, 3), (80, 2, 5), (128, 1, 8), (16, 3, 40)]
+
+
+@pytest.fixture(autouse=True)
+def _in_cpp(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """Everything runs in C++ here, and what is compiled is kept for the next test."""
+    with kernels.use("cpp", tmp_path_factory.getbasetemp() / "cpp"):
+        yield
+
+
+def rows(count: int, heads: int, width: int, dtype: torch.dtype = FLOAT) -> Tensor:
+    return torch.randn(count, heads, width).to(dtype)
+
+
+def expected(
+    query: Tensor, keys: Sequence[Tensor], values: Sequence[Tensor], counts: Sequence[int], **how: object
+) -> Tensor:
+    own = zip(query.split(list(counts)), keys, values, strict=True)
+    return torch.cat([attention_reference(*each, **how) for each in own])  # type: ignore[arg-type]
+
+
+def assert_near(actual: Tensor, wanted: Tensor) -> None:
+    assert actual.dtype == wanted.dtype
+    tolerance = 2e-2 if actual.dtype is BFLOAT else 2e-5
+    torch.testing.assert_close(actual, wanted, atol=tolerance, rtol=tolerance)
+
+
+@pytest.mark.parametrize("dtype", [FLOAT, BFLOAT])
+@pytest.mark.parametrize(("width", "kv_heads", "group"), SHAPES)
+def test_one_query_each(width: int, kv_heads: int, group: int, dtype: torch.dtype) -> None:
+    for lengths in ([1], [63], [64], [65], [3000], [3, 700, 2]):
+        query = rows(len(lengths), kv_heads * group, width, dtype)
+        keys, values = ([rows(length, kv_heads, width, dtype) for length in lengths] for _ in range(2))
+        counts = [1] * len(lengths)
+        for window in (None, 1, 5, 128):
+            assert decode.takes(query, keys, counts)
+            y = attention(query, keys, values, counts, scale=0.3, window=window)
+            assert_near(y, expected(query, keys, values, counts, scale=0.3, window=window))
+
+
+@pytest.mark.parametrize("threads", [1, 2, 3])
+def test_one_query_each_by_any_number_of_threads(threads: int) -> None:
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        query, lengths = rows(3, 4, 64), [40_000, 1, 5000]
+        keys, values = ([rows(length, 2, 64) for length in lengths] for _ in range(2))
+        y = attention(query, keys, values, [1, 1, 1], scale=0.3)
+    finally:
+        torch.set_num_threads(before)
+    assert_near(y, expected(query, keys, values, [1, 1, 1], scale=0.3))
+
+
+def test_the_newest_rows_are_written_where_they_belong() -> None:
+    """To the places left for them, to those where they are kept besides, and nowhere else."""
+    query, key, value = rows(2, 4, 8), rows(2, 2, 8), rows(2, 2, 8)
+    held = [[torch.full((length + 1, 16), 7.0) for length in (5, 2)] for _ in range(2)]
+    for every in held:
+        for own in every:
+            own[:-1] = torch.randn(len(own) - 1, 16)
+    before = [[own[:-1].clone() for own in every] for every in held]
+    kept = torch.full((3, 16), 7.0)
+    keys, values = held
+    entries = [
+        decode.entry(keys[0], values[0], None, kept[:1], None),
+        decode.entry(keys[1], values[1], 2, None, kept[1:2]),
+    ]
+    y = decode.decode_operator(FLOAT, 8, 2)(query, key, value, torch.tensor(entries), 0.3)
+    for new, every, old in zip((key, value), held, before, strict=True):
+        for index, own in enumerate(every):
+            torch.testing.assert_close(own, torch.cat([old[index], new[index].flatten()[None]]), atol=0, rtol=0)
+    torch.testing.assert_close(kept, torch.stack([key[0].flatten(), value[1].flatten(), kept[2]]), atol=0, rtol=0)
+    for index, window in enumerate((None, 2)):
+        seen = [own.unflatten(1, (2, 8)) for own in (keys[index], values[index])]
+        wanted = attention_reference(query[index : index + 1], *seen, scale=0.3, window=window)
+        assert_near(y[index : index + 1], wanted)
+
+
+CUTS = [(1, 1), (5, 5), (7, 100), (130, 130), (130, 300), (70, 71)]
+
+
+@pytest.mark.parametrize(("width", "kv_heads", "group"), SHAPES)
+def test_many_queries(width: int, kv_heads: int, group: int) -> None:
+    for count, held in CUTS:
+        query, key, value = (
+            rows(count, kv_heads * group, width),
+            rows(held, kv_heads, width),
+            rows(held, kv_heads, width),
+        )
+        for window in (None, 1, 20, 128):
+            y = in_cpp.causal_attention(query, key, value, scale=0.3, window=window)
+            assert_near(y, attention_reference(query, key, value, scale=0.3, window=window))
+
+
+def test_many_queries_in_bf16() -> None:
+    query, key, value = rows(70, 6, 16, BFLOAT), rows(100, 2, 16, BFLOAT), rows(100, 2, 16, BFLOAT)
+    y = in_cpp.causal_attention(query, key, value, scale=0.3, window=None)
+    assert_near(y, attention_reference(query, key, value, scale=0.3))
+
+
+def test_sequences_do_not_see_each_other(monkeypatch: pytest.MonkeyPatch) -> None:
+    def never(*_: object, **__: object) -> Tensor:
+        raise AssertionError("torch's attention ran")
+
+    monkeypatch.setattr(in_torch, "_several", never)
+    for counts, lengths in (([40, 40], [40, 40]), ([3, 1, 9], [50, 1, 9])):
+        query = rows(sum(counts), 4, 8)
+        keys, values = ([rows(length, 2, 8) for length in lengths] for _ in range(2))
+        y = attention(query, keys, values, counts, scale=0.3, window=6)
+        assert_near(y, expected(query, keys, values, counts, scale=0.3, window=6))
+
+
+@pytest.mark.parametrize("count", [1, 40])
+def test_rows_may_lie_apart_and_what_lies_between_is_not_read(count: int) -> None:
+    def apart(held: int) -> Tensor:
+        """Views whose rows, and whose heads, have others' between them, and others' before and behind."""
+        around = torch.full((held + 90, 2, 2, 8), float("nan"))
+        around[60 : 60 + held, :, 0] = torch.randn(held, 2, 8)
+        return around[60 : 60 + held, :, 0]
+
+    query, key, value = rows(count, 4, 8), apart(50), apart(50)
+    for layout in (lambda x: x, lambda x: x.contiguous(), lambda x: x.transpose(0, 1).contiguous().transpose(0, 1)):
+        y = attention(query, [layout(key)], [layout(value)], [count], scale=0.3)
+        assert_near(y, attention_reference(query, key, value, scale=0.3))
+    # Rows that no query sees: older than any window, or behind the last one.
+    held = torch.full((200, 2, 8), float("nan"))
+    held[100 - count + 1 - 6 : 100] = torch.randn(count + 5, 2, 8)
+    y = attention(query, [held[:100]], [held[:100]], [count], scale=0.3, window=6)
+    assert_near(y, attention_reference(query, held[:100], held[:100], scale=0.3, window=6))
+
+
+@pytest.mark.parametrize("count", [1, 40])
+def test_what_is_not_a_number_shows(count: int) -> None:
+    query, key, value = rows(count, 4, 16), rows(90, 2, 16), rows(90, 2, 16)
+    for broken in (key, value):
+        broken[30, 1, 3] = float("nan")
+        y = attention(query, [key], [value], [count], scale=0.3)
+        assert torch.equal(y.isnan().any(-1), torch.tensor([False, False, True, True]).expand(count, 4))
+        broken[30, 1, 3] = 0.0
+
+
+@pytest.mark.parametrize("count", [1, 40])
+def test_scores_of_any_size(count: int) -> None:
+    query, key, value = rows(count, 4, 16), rows(90, 2, 16), rows(90, 2, 16)
+    for size in (0.0, 1e-20, 300.0, -1e4):
+        y = attention(query * size, [key], [value], [count], scale=1.0)
+        assert_near(y, attention_reference(query * size, key, value, scale=1.0))
+
+
+def test_where_gradients_are_recorded_torch_computes() -> None:
+    query, key = rows(3, 2, 8).requires_grad_(), rows(9, 1, 8)
+    assert not decode.takes(query[:1], [key], [1])
+    assert not in_cpp.takes(query, key)
+    attention(query, [key], [key], [3], scale=0.3).sum().backward()
+    assert query.grad is not None
+    with torch.no_grad():
+        assert decode.takes(query[:1], [key], [1])
+        assert in_cpp.takes(query, key)
+        for other in (query.double(), query.half()):
+            assert not decode.takes(other[:1], [key.to(other)], [1])
+            assert not in_cpp.takes(other, key.to(other))
+        assert not decode.takes(query[:1], [key.bfloat16()], [1])  # as under autocast, with a cache
+
+
+@pytest.mark.parametrize("kind", ["normal", "ties", "equal", "ascending", "descending", "infinite"])
+@pytest.mark.parametrize(
+    ("count", "length", "k"), [(1, 1, 1), (7, 100, 9), (3, 5000, 64), (40, 3000, 32), (5, 70, 69)]
+)
+def test_the_largest_scores_and_of_equal_ones_the_first(count: int, length: int, k: int, kind: str) -> None:
+    scores = torch.randn(count, length)
+    if kind == "ties":
+        scores = (2 * scores).round()
+    elif kind == "equal":
+        scores = torch.zeros_like(scores)
+    elif kind == "infinite":
+        scores[scores < 0] = float("-inf")
+        scores[scores > 1] = float("inf")
+    elif kind != "normal":
+        scores = scores.sort(1, descending=kind == "descending").values
+    seen = torch.randint(0, length + 1, (count,))
+    seen[0] = length
+    picks = top_k_of_seen(scores, seen, k)
+    for row, among, own in zip(scores, seen.tolist(), picks, strict=True):
+        best = row[:among].sort(descending=True, stable=True).indices[:k].sort().values
+        assert own.tolist() == best.tolist() + [-1] * (k - len(best))
+
+
+@pytest.mark.parametrize(("heads", "width"), [(8, 32), (3, 10), (64, 16)])
+@pytest.mark.parametrize(("count", "length"), [(2, 1), (40, 33), (33, 700)])
+def test_the_indexers_scores(heads: int, width: int, count: int, length: int) -> None:
+    query, weights, keys = torch.randn(count, heads, width), torch.randn(count, heads), torch.randn(length, width)
+    scores = index_scores(query, weights, keys)
+    with kernels.use("fast"):
+        wanted = index_scores(query.double(), weights.double(), keys.double())
+    torch.testing.assert_close(scores, wanted.float(), atol=1e-4, rtol=1e-4)
+    keys[-1, 0] = float("nan")
+    assert torch.equal(
+        index_scores(query, weights, keys).isnan(), (torch.arange(length) == length - 1).expand(count, -1)
+    )
+
+
+@pytest.mark.parametrize("dtype", [FLOAT, BFLOAT])
+@pytest.mark.parametrize("count", [1, 50])
+def test_picks(count: int, dtype: torch.dtype) -> None:
+    query, weights, keys = torch.randn(count, 4, 8).to(dtype), torch.randn(count, 4), torch.randn(60, 8).to(dtype)
+    visible = torch.randint(1, 61, (count,))
+    with torch.no_grad():
+        assert torch.equal(pick(query, weights, keys, visible, 7), pick_reference(query, weights, keys, visible, 7))
+
+
+@settings(
+    max_examples=12,
+    deadline=None,
+    suppress_health_check=list(HealthCheck),
+    derandomize=True,
+    phases=[Phase.explicit, Phase.generate],
+)
+@given(config=configs(), seed=st.integers(0, 1000), sizes=st.lists(st.integers(1, 9), max_size=4))
+def test_models_agree_with_themselves(config: ModelConfig, seed: int, sizes: list[int]) -> None:
+    """In chunks and token by token, in a batch of two."""
+    model = random_model(config, seed)
+    tokens = torch.randint(0, VOCAB, (2, 20), generator=torch.Generator().manual_seed(seed))
+    with torch.no_grad():
+        with kernels.use("reference"):
+            whole = model(tokens)
+        cache, at = model.make_cache(2), 0
+        for size in [*sizes, *[1] * 20]:
+            logits = model(tokens[:, at : at + size], cache=cache)
+            torch.testing.assert_close(logits, whole[:, at : at + size], atol=1e-4, rtol=1e-4)
+            at += size
+            if at >= 20:
+                break
+
+
+def test_without_a_compiler_it_is_said_what_else_to_do(tmp_path: Path) -> None:
+    code = (
+        "import torch; from pathlib import Path; from kvell import kernels\n"
+        "from kvell.kernels.attention import attention\n"
+        "x = torch.zeros(1, 1, 2)\n"
+        f"with kernels.use('cpp', Path({str(tmp_path)!r})): attention(x, [x], [x], [1], scale=1)"
+    )
+    environment = os.environ | {"CXX": "no-such-compiler"}
+    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=False)
+    assert done.stderr.splitlines()[-1].endswith(
+        "InputError: compile: no C++ compiler works here: install g++, name another in the environment's CXX, or do "
+        "without kernels in C++"
+    )
+    assert not any(tmp_path.iterdir())
