@@ -23,7 +23,7 @@ from torch import Tensor
 from kvell import Cache, Decoder, ModelConfig, kernels
 from kvell.cli import main
 from kvell.decoding import compiled as compiling
-from kvell.errors import InputError
+from kvell.errors import CacheError, InputError
 from kvell.kernels import linear
 
 
@@ -160,13 +160,24 @@ def test_compiled_code_serves_any_weights_of_its_shapes(folder: Path, monkeypatc
         random_model(unlike).compile_decoding(folder=folder)
 
 
-def test_an_error_on_the_way_stays_what_it_is(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    model = random_model(MIXED)
-    model.compile_decoding(folder=folder)
-    cache = model.make_cache()
-    monkeypatch.setattr(Cache, "append", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
-    with pytest.raises(KeyboardInterrupt), torch.no_grad():
-        model(draw_tokens(1, 1), cache=cache)
+@pytest.mark.parametrize("method", ["append", "extend"])
+def test_an_error_on_the_way_stays_what_it_is(method: str, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where Python is called back, and where rows' places are asked for before anything runs."""
+    model = random_model(model_like("zaya")).compile_decoding(folder=folder)
+    cache, token = model.make_cache(), draw_tokens(1, 1)
+    asked, ask = [], getattr(Cache, method)
+
+    def interrupted(*given: Any) -> Any:
+        asked.append(given)
+        if len(asked) == 2:
+            raise KeyboardInterrupt
+        return ask(*given)
+
+    with monkeypatch.context() as broken, pytest.raises(KeyboardInterrupt), torch.no_grad():
+        broken.setattr(Cache, method, interrupted)
+        model(token, cache=cache)
+    with pytest.raises(CacheError, match="interrupted"), torch.no_grad():
+        model(token, cache=cache)
 
 
 def test_what_cannot_be_compiled_is_refused_in_words(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -211,7 +222,7 @@ def test_generate_says_the_same_compiled(
         assert main(arguments) == 0
         said.append(capsys.readouterr().out)
     assert said[0] == said[1] != ""
-    assert [file.suffix for file in (tmp_path / "kvell").iterdir()] == [".pt2"]
+    assert {file.suffix for file in (tmp_path / "kvell").iterdir()} == {".pt2", ".so"}
 
 
 def test_code_knows_how_weights_lie(folder: Path) -> None:
