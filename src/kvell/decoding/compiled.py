@@ -78,7 +78,7 @@ class _TracedStep(OneTokenStep):
 
     def __init__(self, model: "Decoder", tokens: Tensor, positions: Tensor, rows: Tensor) -> None:
         super().__init__(model, tokens, positions)
-        self.rows = rows
+        self.rows, self.dtype = rows, model.dtype
         self.left_out = _LeftOut([], [])
 
     def leave_out(
@@ -86,7 +86,9 @@ class _TracedStep(OneTokenStep):
     ) -> Tensor:
         parts, attentions = self.left_out
         result: Tensor
-        if isinstance(part, KeyValueAttention) and first.dtype in ELEMENTS:
+        # The kernel writes rows as they are: into streams of their own dtype, which is the model's.
+        alike = first.dtype in ELEMENTS and all(x is None or x.dtype is self.dtype for x in tensors)
+        if isinstance(part, KeyValueAttention) and alike:
             attentions.append(part)
             given = (None if x is None else x.contiguous() for x in tensors)
             run = decode_operator(first.dtype, first.shape[2], first.shape[1] // part.kv_heads)

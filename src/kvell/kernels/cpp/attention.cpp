@@ -20,12 +20,12 @@ using Element = ELEMENT;
 using torch::stable::Tensor;
 using Vector = Floats<WIDEST>::type;
 
-constexpr int TILE = 32;                     // keys and values at once: they stay in the nearest cache
-constexpr int ACROSS = 2 * WIDEST;           // queries, with their heads, at once
-constexpr int AT_ONCE = REGISTERS / 2;       // rows of a product whose sums stay in registers
-constexpr int PANELS = 16, BLOCK = std::max(PANELS * ACROSS / GROUP, 1);  // queries for which a tile is read once
+constexpr int TILE = 32;                                 // keys and values at once: they stay in the nearest cache
+constexpr int ACROSS = 2 * WIDEST;                       // queries, each with its heads, side by side in a panel
+constexpr int AT_ONCE = REGISTERS / 2;                   // rows of a product whose sums stay in registers
+constexpr int BLOCK = std::max(16 * ACROSS / GROUP, 1);  // queries, of 16 panels, for which a tile is read once
 
-// A panel: ACROSS rows of queries, the numbers of each of which stand one below the other.
+// The numbers of a query stand one below the other.
 struct Panel {
     float query[WIDTH][ACROSS], output[WIDTH][ACROSS];
     Vector largest[2], total[2];
@@ -33,7 +33,8 @@ struct Panel {
 };
 
 // c[r] = fade * c[r] + sum_k a(r, k) * b[k], a row of ACROSS numbers each, for r < rows.
-template <int rows, int depth, class A> inline void product(A a, const float (*b)[ACROSS], const Vector* fade, float (*c)[ACROSS]) {
+template <int rows, int depth, class A>
+inline void product(A a, const float (*b)[ACROSS], const Vector* fade, float (*c)[ACROSS]) {
     constexpr int some = largest_divisor(rows, AT_ONCE);
     for (int first = 0; first < rows; first += some) {
         Vector sums[some][2];
@@ -55,13 +56,18 @@ void copy_rows(const Element* from, int64_t stride, int64_t there, float (*to)[W
         else widen<WIDTH>(from + i * stride, to[i]);
 }
 
-void attend(Panel& panel, const float (*keys)[WIDTH], const float (*values)[WIDTH], int64_t tile, bool all, int64_t window) {
+// A panel's queries and the rows from `tile` on, of which each sees those that it may, or `all`.
+void pass(
+    Panel& panel, const float (*keys)[WIDTH], const float (*values)[WIDTH], int64_t tile, bool all, int64_t window
+) {
     float scores[TILE][ACROSS];
     product<TILE, WIDTH>([&](int i, int c) { return keys[i][c]; }, panel.query, nullptr, scores);
     if (!all)
         for (int i = 0; i < TILE; ++i)
-            for (int q = 0; q < ACROSS; ++q)
-                if (tile + i > panel.position[q] || tile + i <= panel.position[q] - window) scores[i][q] = 2 * LOWEST;
+            for (int q = 0; q < ACROSS; ++q) {
+                const int64_t ahead = panel.position[q] - (tile + i);
+                if (ahead < 0 || ahead >= window) scores[i][q] = 2 * LOWEST;
+            }
     Vector fade[2];
     for (int v = 0; v < 2; ++v) {
         Vector larger = panel.largest[v], added = {};
@@ -78,7 +84,7 @@ void attend(Panel& panel, const float (*keys)[WIDTH], const float (*values)[WIDT
     product<WIDTH, TILE>([&](int c, int i) { return values[i][c]; }, scores, fade, panel.output);
 }
 
-// Where one KV head's numbers begin, and how far the next row's are.
+// Where the numbers of one KV head and of its queries begin, and how far the next row's are.
 struct Head {
     const Element *query, *keys, *values;
     Element* output;
@@ -86,7 +92,10 @@ struct Head {
 };
 
 // Queries [first, last), of which the first stands at row `position`.
-void attend(const Head& head, int64_t first, int64_t last, int64_t position, int64_t window, float scale, std::vector<Panel>& panels) {
+void attend(
+    const Head& head, int64_t first, int64_t last, int64_t position, int64_t window, float scale,
+    std::vector<Panel>& panels
+) {
     const int64_t count = (last - first) * GROUP, used = (count + ACROSS - 1) / ACROSS;
     const auto place = [&](int64_t row) { return (first + row / GROUP) * head.query_stride + row % GROUP * WIDTH; };
     for (int64_t row = 0; row < used * ACROSS; ++row) {
@@ -111,7 +120,7 @@ void attend(const Head& head, int64_t first, int64_t last, int64_t position, int
             const int64_t from = panels[p].position[0], to = panels[p].position[ACROSS - 1];
             if (tile > to || tile + TILE <= from - window + 1) continue;
             const bool all = tile + TILE <= from + 1 && tile > to - window;
-            attend(panels[p], keys, values, tile, all, window);
+            pass(panels[p], keys, values, tile, all, window);
         }
     }
     for (int64_t row = 0; row < count; ++row) {

@@ -46,9 +46,10 @@ template <int lanes> inline typename Floats<lanes>::type power_of_two(typename F
     const Vector least = Vector{} - 127.f, shift = Vector{} + 12582912.f;  // 1.5 * 2^23: added to x, it rounds it
     x = x < least ? least : x;  // what is not a number stays that
     const Vector whole = x + shift, part = x - (whole - shift);
-    // Of the polynomials of this degree that are 1 at 0, the one that comes nearest to 2^part for |part| <= 1/2: 9e-8.
+    // Of the polynomials of this degree that are 1 at 0, the one nearest to 2^part for |part| <= 1/2: within 9e-8.
     Vector power = Vector{} + 1.3264726e-3f;
-    for (const float term : {9.6715138e-3f, 5.5507338e-2f, 2.4022242e-1f, 6.9314698e-1f, 1.f}) power = power * part + term;
+    for (const float term : {9.6715138e-3f, 5.5507338e-2f, 2.4022242e-1f, 6.9314698e-1f, 1.f})
+        power = power * part + term;
     return (Vector)((Words)power + ((Words)whole << 23));
 }
 

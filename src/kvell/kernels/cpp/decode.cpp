@@ -1,9 +1,9 @@
 // Attention of one new token per sequence over the rows that each sequence holds; see decode.py.
 //
-// Compiled for one shape: WIDTH channels a head, GROUP query heads for each KV head, an ELEMENT that is float or, kept
-// as uint16_t, bfloat16. All arithmetic is fp32. A slice of a sequence's rows goes through in blocks, in a streaming
-// softmax (Milakov and Gimelshein 2018, arXiv 1805.02867). Reading takes longer than computing: while one half of a block is
-// worked on, its keys or its values, the half that comes next is fetched.
+// Compiled for heads of WIDTH channels and GROUP query heads for each KV head, an ELEMENT that is float or, kept as
+// uint16_t, bfloat16. All arithmetic is fp32. A slice of a sequence's rows goes through in blocks, in a streaming
+// softmax (Milakov and Gimelshein 2018, arXiv 1805.02867). Reading takes longer than computing: while one half of a
+// block is worked on, its keys or its values, the half that comes next is fetched.
 
 #include <algorithm>
 #include <cmath>
@@ -110,8 +110,8 @@ inline void gather(
     }
 }
 
-// An entry of the table that decode.py makes. Strides count elements, and a row has its KV heads side by side; where a
-// row is given, it becomes the last one, and is also written to where else it is kept, if it is.
+// An entry of the table that decode.py makes. Strides count elements, and a row has its KV heads side by side; where
+// one is given, it becomes the last one, and is also written to where else it is kept, if it is.
 struct Sequence {
     Element *keys, *values;
     int64_t key_stride, value_stride, rows;

@@ -1,13 +1,14 @@
 // The largest of every row's scores, of equal ones the first; see kernels/top_k.py.
 //
-// What exceeds a threshold is noted, in the row's order; when there is no more room, all but the k largest are forgotten
-// and the smallest of them is the threshold from then on. A later score that equals it is not among the k largest: those
-// noted stand before it. A long row is read twice: divided into more than k groups, it has no fewer than k scores as
-// large as the k-th of the groups' maxima, and seldom many more.
+// What exceeds a threshold is noted, in the row's order; when there is no more room, all but the k largest are
+// forgotten and the smallest of them is the threshold from then on. A later score that equals it is not among the k
+// largest: those noted stand before it. A long row is read twice: divided into more than k groups, it has no fewer
+// than k scores as large as the k-th of the groups' maxima, and seldom many more.
 
 #include <algorithm>
 #include <cmath>
 #include <cstdint>
+#include <functional>
 #include <limits>
 #include <vector>
 
@@ -66,7 +67,7 @@ struct Noted {
     }
 };
 
-// The k-th largest of groups' maxima, or NOTHING where the row is too short. Groups lie side by side, AT_ONCE of them.
+// The k-th largest of groups' maxima, or NOTHING where a row is too short. AT_ONCE groups lie side by side.
 float bound(const float* scores, int64_t seen, int64_t k, std::vector<float>& maxima) {
     const int64_t blocks = 2 * k / AT_ONCE + 1, size = seen / (blocks * AT_ONCE);
     if (size < SMALLEST_GROUP) return NOTHING;
