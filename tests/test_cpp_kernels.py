@@ -16,7 +16,13 @@ from torch import Tensor
 from kvell import ModelConfig, kernels
 from kvell.kernels import attention as in_torch
 from kvell.kernels.attention import attention, attention_reference
-from kvell.kernels.compressed import index_scores, pick, pick_reference
+from kvell.kernels.compressed import (
+    compressed_attention,
+    compressed_attention_reference,
+    index_scores,
+    pick,
+    pick_reference,
+)
 from kvell.kernels.cpp import attention as in_cpp
 from kvell.kernels.cpp import decode
 from kvell.kernels.top_k import top_k_of_seen
@@ -185,6 +191,29 @@ def test_where_gradients_are_recorded_torch_computes() -> None:
             assert not decode.takes(other[:1], [key.to(other)], [1])
             assert not in_cpp.takes(other, key.to(other))
         assert not decode.takes(query[:1], [key.bfloat16()], [1])  # as under autocast, with a cache
+
+
+@pytest.mark.parametrize("dtype", [FLOAT, BFLOAT])
+@pytest.mark.parametrize(("heads", "width"), [(8, 64), (3, 6), (64, 64)])
+def test_one_query_over_a_window_and_entries(
+    heads: int, width: int, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ran, run = [], decode.shared_decode
+    monkeypatch.setattr(decode, "shared_decode", lambda *given, **how: ran.append(given) or run(*given, **how))
+    sink = 3 * torch.randn(heads)
+    for held, entries, seen, picked in ((1, 0, 0, None), (5, 9, 7, None), (400, 300, 300, 20), (30, 50, 3, 8)):
+        query, window = torch.randn(1, heads, width).to(dtype), torch.randn(held, width).to(dtype)
+        compressed, visible, picks = torch.randn(entries, width).to(dtype), torch.tensor([seen]), None
+        if picked is not None:
+            best = torch.randperm(seen)[:picked].sort().values
+            picks = torch.cat([best, best.new_full((picked - len(best),), -1)])[None]
+        given = (query, window, compressed, visible, picks, sink)
+        y = compressed_attention(*given, scale=0.3, window=128)
+        assert_near(y, compressed_attention_reference(*given, scale=0.3, window=128))
+    assert len(ran) == 4
+    with torch.enable_grad():
+        assert not decode.takes_shared(query, window, compressed, sink.requires_grad_())
+    assert not decode.takes_shared(torch.zeros(1, 65, 64, dtype=dtype), window, compressed, torch.zeros(65))
 
 
 @pytest.mark.parametrize("kind", ["normal", "ties", "equal", "ascending", "descending", "infinite"])

@@ -75,8 +75,9 @@ def keeping_code_in(folder: Path) -> Iterator[None]:
     except OSError as error:
         raise InputError(f"compiled code cannot be kept in {folder}: {error.strerror or error}") from None
     except CppCompileError as error:
-        *said, last = str(error).strip().splitlines()
-        raise InputError(f"compile: the C++ compiler failed: {next((x for x in said if ' error: ' in x), last)}") from None
+        said = str(error).strip().splitlines()
+        first = next((line for line in said if " error: " in line), said[-1])
+        raise InputError(f"compile: the C++ compiler failed: {first}") from None
 
 
 def processor() -> str:

@@ -30,7 +30,7 @@ import torch
 from torch import Tensor, nn
 
 from kvell.decoding.one_token import AskingTheCache, OneTokenStep, Weights
-from kvell.decoding.row_table import empty_table, fill_table
+from kvell.decoding.row_table import empty_table, row_table
 from kvell.errors import InputError
 from kvell.hardware import keeping_code_in, processor
 from kvell.kernels import use
@@ -138,8 +138,7 @@ class CompiledStep:
         """Logits (B, V)."""
         # What is compiled looks at no dtype and no stride.
         tokens = step.tokens.long().contiguous()
-        rows = empty_table(self.num_layers, len(tokens))
-        held = fill_table(rows, self.left_out.attentions, step)
+        rows, held = row_table(self.left_out.attentions, self.num_layers, step)
         _running.step, _running.parts, _running.error = step, self.left_out.parts, None
         try:
             logits: Tensor = self.run([tokens, step.positions, rows])[0]

@@ -53,6 +53,8 @@ class Weights:
 
     def have_moved(self) -> bool:
         """Whether any was replaced, or its memory was. They are held: what was theirs is nobody else's."""
-        return any(
-            slots[name] is not tensor or tensor.data_ptr() != address for slots, name, tensor, address in self._places
-        )
+        # Before every token: a loop is faster than any().
+        for slots, name, tensor, address in self._places:
+            if slots[name] is not tensor or tensor.data_ptr() != address:
+                return True
+        return False

@@ -5,6 +5,7 @@ streams. So a compiled step asks for all its layers before it begins, and their 
 writes and reads rows by a table, without Python between the layers.
 """
 
+from array import array
 from collections.abc import Sequence
 
 import torch
@@ -24,23 +25,24 @@ def empty_table(num_layers: int, batch_size: int) -> Int[Tensor, "L B fields"]:
     return torch.zeros(num_layers, batch_size, FIELDS, dtype=torch.int64, device="cpu")
 
 
-def fill_table(
-    table: Int[Tensor, "L B fields"], attentions: Sequence[KeyValueAttention], step: Step
-) -> dict[int, list[tuple[Extended, Extended]]]:
-    """Returns what the table then speaks of, to be held while the step runs. The streams count the new rows as theirs
-    from here on."""
-    cache = step.cache
+def row_table(
+    attentions: Sequence[KeyValueAttention], num_layers: int, step: Step
+) -> tuple[Int[Tensor, "L B fields"], dict[int, list[tuple[Extended, Extended]]]]:
+    """The table, and what it speaks of, to be held while the step runs. The streams count the new rows as theirs from
+    here on."""
+    cache, sequences = step.cache, range(len(step.counts))
     assert cache is not None
-    entries = table.numpy()
+    numbers = array("q", bytes(8 * num_layers * len(sequences) * FIELDS))
     made: dict[int, list[tuple[Extended, Extended]]] = {}
     for attend in attentions:
         layer, source = attend.layer, attend.source
         if source is None:
-            made[layer] = [
-                (cache.extend(index, (layer, "key"), 1), cache.extend(index, (layer, "value"), 1))
-                for index in range(len(step.counts))
-            ]
-        for index, ((keys, kept_key), (values, kept_value)) in enumerate(made[layer if source is None else source]):
+            key, value = (layer, "key"), (layer, "value")
+            made[layer] = [(cache.extend(index, key, 1), cache.extend(index, value, 1)) for index in sequences]
+        at = layer * len(sequences) * FIELDS
+        for (keys, kept_key), (values, kept_value) in made[layer if source is None else source]:
             kept = (kept_key, kept_value) if source is None else (None, None)
-            entries[layer, index] = entry(keys, values, attend.window, *kept)
-    return made
+            numbers[at : at + FIELDS] = array("q", entry(keys, values, attend.window, *kept))
+            at += FIELDS
+    table = torch.frombuffer(numbers, dtype=torch.int64)
+    return table.view(num_layers, len(sequences), FIELDS), made

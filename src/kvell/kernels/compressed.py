@@ -27,6 +27,8 @@ from kvell.kernels.top_k import top_k_of_seen
 # Scores of a block of queries are at most about so many numbers: large enough to keep matrix products efficient.
 BLOCK_NUMBERS = 1 << 22
 MAX_BLOCK = 128
+# Beyond so many entries laying them out by channels is not worth it for a single query.
+MANY_FOR_ONE = 2048
 # Gathering a query's own entries costs more per entry than multiplying with all of them and masking most.
 GATHER_FROM = 4
 # Queries whose windows are cut out together: the fewer, the less of what is cut out is masked again.
@@ -53,6 +55,10 @@ def compressed_attention(
         run = compressed_attention_reference
     elif query.shape[0] == 1:
         run = compressed_attention_of_one
+        if cpp_wanted(query):
+            from kvell.kernels.cpp.decode import shared_decode, takes_shared
+
+            run = shared_decode if takes_shared(query, rows, entries, sink) else run
     else:
         alike = query.dtype == rows.dtype == entries.dtype  # which they are not under autocast, with a cache
         joined = query.device.type == "cpu" and alike and not torch.is_grad_enabled()
@@ -287,14 +293,15 @@ def index_scores(
     query: Float[Tensor, "n H D"], weights: Float[Tensor, "n H"], keys: Float[Tensor, "E D"]
 ) -> Float[Tensor, "n E"]:
     """The indexer's score of every entry for every query, fp32."""
-    if query.shape[0] == 1:
-        return weights.float() @ (query[0].float() @ keys.float().T).relu_()
-    if cpp_wanted(query) and not torch.is_grad_enabled():
+    one = query.shape[0] == 1
+    if cpp_wanted(query) and not torch.is_grad_enabled() and not (one and keys.shape[0] > MANY_FOR_ONE):
         from kvell.kernels.cpp import operator
 
         run = operator("index", HEADS=query.shape[1], WIDTH=query.shape[2])
         scores: Tensor = run(*(given.float().contiguous() for given in (query, weights, keys)))
         return scores
+    if one:
+        return weights.float() @ (query[0].float() @ keys.float().T).relu_()
     relevant = (query.float() @ keys.float().T).relu_()
     return (weights.float()[:, None] @ relevant).squeeze(1)
 
@@ -344,7 +351,8 @@ def pick_for_one(
 ) -> Int[Tensor, "1 P"]:
     """A single query: nothing to mask."""
     seen = int(visible)
-    best = top_k_of_seen(index_scores(query, weights, keys[:seen]), None, min(top_k, seen))
+    counted = visible if cpp_wanted(query) else None  # of the scores all are seen
+    best = top_k_of_seen(index_scores(query, weights, keys[:seen]), counted, min(top_k, seen))
     missing = min(top_k, len(keys)) - best.shape[1]
     return F.pad(best, (0, missing), value=-1) if missing else best
 

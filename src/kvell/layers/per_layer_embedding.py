@@ -93,7 +93,10 @@ class PerLayerInputs(nn.Module):
 
     def forward(self, embedded: Float[Tensor, "T C"], step: "Step") -> Float[Tensor, "T L P"]:
         shape = (-1, self.num_layers, self.width)
-        rows = step.apart(self._look_up, embedded, shape=(embedded.shape[0], self.num_layers * self.width))
+        if isinstance(self.table, MappedTable):
+            rows = step.apart(self._look_up, embedded, shape=(embedded.shape[0], self.num_layers * self.width))
+        else:
+            rows = self.table(step.tokens)
         token = rows.view(shape) * rounded(self.width**0.5, rows.dtype)
         context = self.norm((self.projection(embedded) * self.projection_scale).view(shape))
         return (context + token) * 2**-0.5

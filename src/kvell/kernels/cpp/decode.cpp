@@ -110,22 +110,25 @@ inline void gather(
     }
 }
 
-// An entry of the table that decode.py makes. Strides count elements, and a row has its KV heads side by side; where
-// one is given, it becomes the last one, and is also written to where else it is kept, if it is.
-struct Sequence {
+// An entry of the table that decode.py makes: rows that a sequence's query sees. Strides count elements, and a row
+// has its KV heads side by side; where one is given, it becomes the last one, and is also written to where else it is
+// kept, if it is.
+struct Seen {
     Element *keys, *values;
     int64_t key_stride, value_stride, rows;
     Element *kept_key, *kept_value;
 };
 
-// Rows [first, last) of a sequence, and what comes of them for each of its query heads.
+// Rows [first, last) of what a sequence sees, and what comes of them for each of its query heads.
 struct Slice {
     int64_t sequence, first, last;
-    std::vector<float> largest, total, joint;
+    const Seen* seen;
+    std::vector<float> largest = {}, total = {}, joint = {};
 };
 
-void attend(const Sequence& sequence, const float* query, int64_t kv_heads, float scale, Slice& slice) {
+void attend(const float* query, int64_t kv_heads, float scale, Slice& slice) {
     const int64_t heads = kv_heads * GROUP;
+    const Seen& seen = *slice.seen;
     slice.largest.assign(heads, LOWEST);
     slice.total.assign(heads, 0);
     slice.joint.assign(heads * WIDTH, 0);
@@ -133,8 +136,8 @@ void attend(const Sequence& sequence, const float* query, int64_t kv_heads, floa
     for (int64_t at = slice.first; at < slice.last; at += BLOCK) {
         const int count = std::min<int64_t>(BLOCK, slice.last - at);
         for (int64_t head = 0; head < kv_heads; ++head) {
-            const Rows keys{sequence.keys + at * sequence.key_stride + head * WIDTH, sequence.key_stride};
-            const Rows values{sequence.values + at * sequence.value_stride + head * WIDTH, sequence.value_stride};
+            const Rows keys{seen.keys + at * seen.key_stride + head * WIDTH, seen.key_stride};
+            const Rows values{seen.values + at * seen.value_stride + head * WIDTH, seen.value_stride};
             const int64_t own = head * GROUP;
             score(query + own * WIDTH, keys, values, count, scale, weights);
             for (int g = 0; g < GROUP; ++g)
@@ -149,50 +152,40 @@ void write_row(const Element* row, int64_t width, Element* to, Element* also_to)
     if (also_to) std::memcpy(also_to, row, width * sizeof(Element));
 }
 
-// query (B, H, WIDTH); key and value (B, K, WIDTH) or none: the sequences' newest rows; table (B, 7).
-Tensor decode(
-    const Tensor query, const std::optional<Tensor> key, const std::optional<Tensor> value, const Tensor table,
-    double scale
-) {
+template <class Number> const Number* numbers(const Tensor& tensor) {
+    return static_cast<const Number*>(tensor.const_data_ptr());
+}
+
+// Each query (B, H, WIDTH) over the rows of its `parts` entries, and a sink, a score without a value for each head.
+Tensor attended(const Tensor& query, const Seen* seen, int64_t parts, const float* sinks, double scale) {
     Tensor output = torch::stable::empty_like(query);
     const int64_t count = query.size(0), heads = query.size(1), kv_heads = heads / GROUP, width = kv_heads * WIDTH;
-    const Sequence* sequences = static_cast<const Sequence*>(table.const_data_ptr());
-    if (key && value) {
-        const Element* keys = static_cast<const Element*>(key->const_data_ptr());
-        const Element* values = static_cast<const Element*>(value->const_data_ptr());
-        for (int64_t s = 0; s < count; ++s) {
-            const Sequence& own = sequences[s];
-            write_row(keys + s * width, width, own.keys + (own.rows - 1) * own.key_stride, own.kept_key);
-            write_row(values + s * width, width, own.values + (own.rows - 1) * own.value_stride, own.kept_value);
-        }
-    }
-
-    const Element* queries = static_cast<const Element*>(query.const_data_ptr());
+    const Element* queries = numbers<Element>(query);
     std::vector<float> wide(count * heads * WIDTH);
     for (size_t i = 0; i < wide.size(); ++i) wide[i] = widened(queries[i]);
     int64_t rows = 0;
-    for (int64_t s = 0; s < count; ++s) rows += sequences[s].rows;
+    for (int64_t place = 0; place < count * parts; ++place) rows += seen[place].rows;
     const int64_t even = rows / (SLICES * omp_get_max_threads()) + 1;
     const int64_t share = std::max<int64_t>(even, SMALLEST_SLICE / (width * sizeof(Element)));
     std::vector<Slice> slices;
-    for (int64_t s = 0; s < count; ++s)
-        for (int64_t from = 0; from < sequences[s].rows; from += share)
-            slices.push_back({s, from, std::min(from + share, sequences[s].rows), {}, {}, {}});
+    for (int64_t place = 0; place < count * parts; ++place)
+        for (int64_t from = 0; from < seen[place].rows; from += share)
+            slices.push_back({place / parts, from, std::min(from + share, seen[place].rows), seen + place});
 
 #pragma omp parallel for schedule(dynamic) if (slices.size() > 1)
-    for (size_t i = 0; i < slices.size(); ++i) {
-        const int64_t s = slices[i].sequence;
-        attend(sequences[s], &wide[s * heads * WIDTH], kv_heads, float(scale) * LOG2_E, slices[i]);
-    }
+    for (size_t i = 0; i < slices.size(); ++i)
+        attend(&wide[slices[i].sequence * heads * WIDTH], kv_heads, float(scale) * LOG2_E, slices[i]);
 
-    // A sequence's slices are joined by the sums of their weights.
+    // A sequence's slices, and its sink, are joined by the sums of their weights.
     Element* outputs = static_cast<Element*>(output.mutable_data_ptr());
     for (size_t from = 0, to = 0; from < slices.size(); from = to) {
         while (to < slices.size() && slices[to].sequence == slices[from].sequence) ++to;
         Element* own = outputs + slices[from].sequence * heads * WIDTH;
         for (int64_t head = 0; head < heads; ++head) {
-            float largest = LOWEST, total = 0, joint[WIDTH] = {};
+            const float before = sinks ? sinks[head] * LOG2_E : LOWEST;
+            float largest = before, joint[WIDTH] = {};
             for (size_t i = from; i < to; ++i) largest = std::max(largest, slices[i].largest[head]);
+            float total = sinks ? std::exp2(before - largest) : 0;
             for (size_t i = from; i < to; ++i) {
                 const float worth = std::exp2(slices[i].largest[head] - largest);
                 total += worth * slices[i].total[head];
@@ -204,8 +197,56 @@ Tensor decode(
     return output;
 }
 
-STABLE_TORCH_LIBRARY_FRAGMENT(kvell, library) {
-    library.def(NAME "(Tensor query, Tensor? key, Tensor? value, Tensor table, float scale) -> Tensor");
+// key and value (B, K, WIDTH), or none: the sequences' newest rows; table (B, 7).
+Tensor decode(
+    const Tensor query, const std::optional<Tensor> key, const std::optional<Tensor> value, const Tensor table,
+    double scale
+) {
+    const Seen* seen = numbers<Seen>(table);
+    if (key && value) {
+        const int64_t width = key->size(1) * WIDTH;
+        for (int64_t s = 0; s < query.size(0); ++s) {
+            const Seen& own = seen[s];
+            Element *to_key = own.keys + (own.rows - 1) * own.key_stride;
+            Element *to_value = own.values + (own.rows - 1) * own.value_stride;
+            write_row(numbers<Element>(*key) + s * width, width, to_key, own.kept_key);
+            write_row(numbers<Element>(*value) + s * width, width, to_value, own.kept_value);
+        }
+    }
+    return attended(query, seen, 1, nullptr, scale);
 }
 
-STABLE_TORCH_LIBRARY_IMPL(kvell, CPU, library) { library.impl(NAME, TORCH_BOX(&decode)); }
+// One query over the last `window` of its rows, all visible entries or those picked, and a sink (H). Rows (S, WIDTH)
+// and entries (E, WIDTH) are key and value at once; visible (1); picks (1, P), places first, then those of none.
+Tensor decode_shared(
+    const Tensor query, const Tensor rows, const Tensor entries, const Tensor visible,
+    const std::optional<Tensor> picks, const Tensor sink, double scale, int64_t window
+) {
+    const auto place = [](const Tensor& all, int64_t first, int64_t count) {
+        Element* from = const_cast<Element*>(numbers<Element>(all)) + first * all.stride(0);
+        return Seen{from, from, all.stride(0), all.stride(0), count, nullptr, nullptr};
+    };
+    const int64_t near = std::min(window, rows.size(0)), far = *numbers<int64_t>(visible);
+    Seen seen[2] = {place(rows, rows.size(0) - near, near), place(entries, 0, far)};
+    std::vector<Element> gathered;
+    if (picks) {
+        const int64_t* chosen = numbers<int64_t>(*picks);
+        const int64_t count = std::min(far, picks->size(1));
+        gathered.resize(count * WIDTH);
+        for (int64_t i = 0; i < count; ++i)
+            std::memcpy(&gathered[i * WIDTH], seen[1].keys + chosen[i] * seen[1].key_stride, WIDTH * sizeof(Element));
+        seen[1] = {gathered.data(), gathered.data(), WIDTH, WIDTH, count, nullptr, nullptr};
+    }
+    return attended(query, seen, 2, numbers<float>(sink), scale);
+}
+
+STABLE_TORCH_LIBRARY_FRAGMENT(kvell, library) {
+    library.def(NAME "(Tensor query, Tensor? key, Tensor? value, Tensor table, float scale) -> Tensor");
+    library.def(NAME "_shared(Tensor query, Tensor rows, Tensor entries, Tensor visible, Tensor? picks, Tensor sink, "
+                     "float scale, int window) -> Tensor");
+}
+
+STABLE_TORCH_LIBRARY_IMPL(kvell, CPU, library) {
+    library.impl(NAME, TORCH_BOX(&decode));
+    library.impl(NAME "_shared", TORCH_BOX(&decode_shared));
+}

@@ -10,11 +10,12 @@ from functools import cache
 from typing import Any
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor
 
 from kvell.kernels.cpp import operator
 
+FEW_NUMBERS = 4096  # of all of a query's heads
 ELEMENTS = {torch.float32: "float", torch.bfloat16: "uint16_t"}
 FIELDS = 7  # of a table's entry
 Entry = tuple[int, int, int, int, int, int, int]
@@ -42,6 +43,31 @@ def ragged_decode(
     run = decode_operator(query.dtype, query.shape[2], query.shape[1] // kv_heads)
     output: Tensor = run(query.contiguous(), None, None, torch.tensor(entries, device="cpu"), scale)
     return output
+
+
+def takes_shared(query: Tensor, rows: Tensor, entries: Tensor, sink: Tensor) -> bool:
+    """The same for `shared_decode`. Of many wide heads torch multiplies faster, and reads no row more often."""
+    recorded = torch.is_grad_enabled() and any(x.requires_grad for x in (query, rows, entries, sink))
+    alike = query.dtype is rows.dtype is entries.dtype and query.dtype in ELEMENTS
+    return alike and not recorded and query[0].numel() <= FEW_NUMBERS
+
+
+def shared_decode(
+    query: Float[Tensor, "1 H D"],
+    rows: Float[Tensor, "S D"],
+    entries: Float[Tensor, "E D"],
+    visible: Int[Tensor, " 1"],
+    picks: Int[Tensor, "1 P"] | None,
+    sink: Float[Tensor, " H"],
+    *,
+    scale: float,
+    window: int,
+) -> Float[Tensor, "1 H D"]:
+    """kernels/compressed.py's attention for one query: rows and entries are key and value at once for all heads."""
+    rows, entries = (own if own.stride(1) == 1 else own.contiguous() for own in (rows, entries))
+    run = _shared_operator(query.dtype, query.shape[2], query.shape[1])
+    y: Tensor = run(query.contiguous(), rows, entries, visible, picks, sink, scale, window)
+    return y
 
 
 def _side_by_side(rows: Float[Tensor, "S K D"]) -> Float[Tensor, "S KD"]:
@@ -74,8 +100,15 @@ def entry(
 
 @cache
 def decode_operator(dtype: torch.dtype, width: int, group: int) -> Any:
-    """decode(query, newest keys or None, newest values or None, table, scale) for heads of `width` channels, `group`
-    query heads to a KV head: (B, H, D), (B, K, D) twice and (B, 7), all contiguous -> (B, H, D)."""
+    """decode(query (B, H, D), newest keys (B, K, D) or None, newest values or None, table (B, 7), scale), contiguous,
+    for heads of `width` channels and `group` query heads to a KV head: (B, H, D)."""
     made = operator("decode", WIDTH=width, GROUP=group, ELEMENT=ELEMENTS[dtype])
     torch.library.register_fake(made.name(), lambda query, *_: torch.empty_like(query))
     return made
+
+
+@cache
+def _shared_operator(dtype: torch.dtype, width: int, heads: int) -> Any:
+    """The same kernel's other operator: all heads read one."""
+    name = decode_operator(dtype, width, heads).name().removeprefix("kvell::")
+    return getattr(torch.ops.kvell, f"{name}_shared").default

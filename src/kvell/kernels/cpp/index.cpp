@@ -1,4 +1,4 @@
-// The indexer's scores of every entry for every query, sum_h weight_h * relu(query_h . key): see kernels/compressed.py.
+// The indexer's scores of all entries for every query, sum_h weight_h * relu(query_h . key): kernels/compressed.py.
 //
 // Compiled for HEADS heads of WIDTH channels, fp32. Queries go through by the block, a thread each. A tile of keys is
 // laid out by channels: a vector holds one channel of as many entries. It stays in the processor's cache while the
