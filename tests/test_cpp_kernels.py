@@ -15,13 +15,13 @@ from torch import Tensor
 
 from kvell import ModelConfig, kernels
 from kvell.kernels import attention as in_torch
+from kvell.kernels import compressed
 from kvell.kernels.attention import attention, attention_reference
 from kvell.kernels.compressed import (
     compressed_attention,
     compressed_attention_reference,
     index_scores,
     pick,
-    pick_reference,
 )
 from kvell.kernels.cpp import attention as in_cpp
 from kvell.kernels.cpp import decode
@@ -29,7 +29,7 @@ from kvell.kernels.top_k import top_k_of_seen
 
 FLOAT, BFLOAT = torch.float32, torch.bfloat16
 # Heads of this width, so many KV heads, and query heads for each: vectors of every length, more heads than registers.
-SHAPES = [(64, 2, 2), (2, 1, 1), (6, 2, 3), (80, 2, 5), (128, 1, 8), (16, 3, 40)]
+SHAPES = [(64, 2, 2), (2, 1, 1), (6, 2, 3), (5, 1, 2), (80, 2, 5), (128, 1, 8), (16, 3, 40)]
 
 
 @pytest.fixture(autouse=True)
@@ -64,7 +64,7 @@ def test_one_query_each(width: int, kv_heads: int, group: int, dtype: torch.dtyp
         keys, values = ([rows(length, kv_heads, width, dtype) for length in lengths] for _ in range(2))
         counts = [1] * len(lengths)
         for window in (None, 1, 5, 128):
-            assert decode.takes(query, keys, counts)
+            assert decode.takes(query, keys, values, counts)
             y = attention(query, keys, values, counts, scale=0.3, window=window)
             assert_near(y, expected(query, keys, values, counts, scale=0.3, window=window))
 
@@ -164,9 +164,10 @@ def test_rows_may_lie_apart_and_what_lies_between_is_not_read(count: int) -> Non
 def test_what_is_not_a_number_shows(count: int) -> None:
     query, key, value = rows(count, 4, 16), rows(90, 2, 16), rows(90, 2, 16)
     for broken in (key, value):
-        broken[30, 1, 3] = float("nan")
-        y = attention(query, [key], [value], [count], scale=0.3)
-        assert torch.equal(y.isnan().any(-1), torch.tensor([False, False, True, True]).expand(count, 4))
+        for bits in (0x7FC00000, 0x7FC00001, -1):
+            broken[30, 1, 3] = torch.tensor(bits, dtype=torch.int32).view(FLOAT)
+            y = attention(query, [key], [value], [count], scale=0.3)
+            assert torch.equal(y.isnan().any(-1), torch.tensor([False, False, True, True]).expand(count, 4))
         broken[30, 1, 3] = 0.0
 
 
@@ -178,42 +179,63 @@ def test_scores_of_any_size(count: int) -> None:
         assert_near(y, attention_reference(query * size, key, value, scale=1.0))
 
 
-def test_where_gradients_are_recorded_torch_computes() -> None:
-    query, key = rows(3, 2, 8).requires_grad_(), rows(9, 1, 8)
-    assert not decode.takes(query[:1], [key], [1])
-    assert not in_cpp.takes(query, key)
-    attention(query, [key], [key], [3], scale=0.3).sum().backward()
-    assert query.grad is not None
-    with torch.no_grad():
-        assert decode.takes(query[:1], [key], [1])
-        assert in_cpp.takes(query, key)
-        for other in (query.double(), query.half()):
-            assert not decode.takes(other[:1], [key.to(other)], [1])
-            assert not in_cpp.takes(other, key.to(other))
-        assert not decode.takes(query[:1], [key.bfloat16()], [1])  # as under autocast, with a cache
+@pytest.mark.parametrize("recorded", [0, 1, 2])
+@pytest.mark.parametrize("count", [1, 3])
+def test_where_gradients_are_recorded_torch_computes(recorded: int, count: int) -> None:
+    inputs = [rows(count, 2, 8), rows(9, 1, 8), rows(9, 1, 8)]
+    inputs[recorded].requires_grad_()
+    query, key, value = inputs
+    attention(query, [key], [value], [count], scale=0.3).sum().backward()
+    gradient = inputs[recorded].grad
+    assert gradient is not None
+    (wanted,) = torch.autograd.grad(attention_reference(query, key, value, scale=0.3).sum(), inputs[recorded])
+    torch.testing.assert_close(gradient, wanted, atol=1e-5, rtol=1e-5)
+
+
+def test_what_is_not_of_one_dtype_torch_computes() -> None:
+    """As under autocast."""
+    query, key = rows(3, 2, 8), rows(9, 1, 8)
+    assert decode.takes(query[:1], [key], [key], [1])
+    assert in_cpp.takes(query, key, key)
+    for other in (key.double(), key.half(), key.bfloat16()):
+        for inputs in ((query, other, key), (query, key, other), (query.to(other), other, key)):
+            assert not decode.takes(inputs[0][:1], [inputs[1]], [inputs[2]], [1])
+            assert not in_cpp.takes(*inputs)
+    assert not decode.takes(query.double()[:1], [key.double()], [key.double()], [1])
 
 
 @pytest.mark.parametrize("dtype", [FLOAT, BFLOAT])
-@pytest.mark.parametrize(("heads", "width"), [(8, 64), (3, 6), (64, 64)])
+@pytest.mark.parametrize(("heads", "width"), [(8, 64), (3, 5), (64, 64)])
 def test_one_query_over_a_window_and_entries(
     heads: int, width: int, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     ran, run = [], decode.shared_decode
-    monkeypatch.setattr(decode, "shared_decode", lambda *given, **how: ran.append(given) or run(*given, **how))
+    monkeypatch.setattr(decode, "shared_decode", lambda *inputs, **how: ran.append(inputs) or run(*inputs, **how))
     sink = 3 * torch.randn(heads)
     for held, entries, seen, picked in ((1, 0, 0, None), (5, 9, 7, None), (400, 300, 300, 20), (30, 50, 3, 8)):
         query, window = torch.randn(1, heads, width).to(dtype), torch.randn(held, width).to(dtype)
-        compressed, visible, picks = torch.randn(entries, width).to(dtype), torch.tensor([seen]), None
+        far, visible, picks = torch.randn(entries, width).to(dtype), torch.tensor([seen]), None
         if picked is not None:
             best = torch.randperm(seen)[:picked].sort().values
             picks = torch.cat([best, best.new_full((picked - len(best),), -1)])[None]
-        given = (query, window, compressed, visible, picks, sink)
-        y = compressed_attention(*given, scale=0.3, window=128)
-        assert_near(y, compressed_attention_reference(*given, scale=0.3, window=128))
+        inputs = (query, window, far, visible, picks, sink)
+        y = compressed_attention(*inputs, scale=0.3, window=128)
+        assert_near(y, compressed_attention_reference(*inputs, scale=0.3, window=128))
     assert len(ran) == 4
     with torch.enable_grad():
-        assert not decode.takes_shared(query, window, compressed, sink.requires_grad_())
-    assert not decode.takes_shared(torch.zeros(1, 65, 64, dtype=dtype), window, compressed, torch.zeros(65))
+        assert not decode.takes_shared(query, window, far, sink.requires_grad_())
+    assert not decode.takes_shared(torch.zeros(1, 65, 64, dtype=dtype), window, far, torch.zeros(65))
+
+
+def test_zeros_are_chosen_where_small_numbers_count_as_zero() -> None:
+    scores = torch.zeros(2, 3000)
+    scores[:, 5::100] = -1.0
+    torch.set_flush_denormal(True)
+    try:
+        picks = top_k_of_seen(scores, torch.tensor([3000, 3000]), 9)
+    finally:
+        torch.set_flush_denormal(False)
+    assert picks.tolist() == [[0, 1, 2, 3, 4, 6, 7, 8, 9]] * 2
 
 
 @pytest.mark.parametrize("kind", ["normal", "ties", "equal", "ascending", "descending", "infinite"])
@@ -241,25 +263,31 @@ def test_the_largest_scores_and_of_equal_ones_the_first(count: int, length: int,
 
 @pytest.mark.parametrize(("heads", "width"), [(8, 32), (3, 10), (64, 16)])
 @pytest.mark.parametrize(("count", "length"), [(2, 1), (40, 33), (33, 700)])
-def test_the_indexers_scores(heads: int, width: int, count: int, length: int) -> None:
+@torch.no_grad()
+def test_the_indexers_scores(
+    heads: int, width: int, count: int, length: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked, ask = [], compressed._index_operator
+    monkeypatch.setattr(compressed, "_index_operator", lambda *shape: asked.append(shape) or ask(*shape))
     query, weights, keys = torch.randn(count, heads, width), torch.randn(count, heads), torch.randn(length, width)
     scores = index_scores(query, weights, keys)
-    with kernels.use("fast"):
-        wanted = index_scores(query.double(), weights.double(), keys.double())
+    wanted = (weights.double()[:, None] @ (query.double() @ keys.double().T).relu()).squeeze(1)
     torch.testing.assert_close(scores, wanted.float(), atol=1e-4, rtol=1e-4)
     keys[-1, 0] = float("nan")
-    assert torch.equal(
-        index_scores(query, weights, keys).isnan(), (torch.arange(length) == length - 1).expand(count, -1)
-    )
+    last = torch.arange(length) == length - 1
+    assert torch.equal(index_scores(query, weights, keys).isnan(), last.expand(count, -1))
+    assert asked == [(heads, width)] * 2
 
 
 @pytest.mark.parametrize("dtype", [FLOAT, BFLOAT])
 @pytest.mark.parametrize("count", [1, 50])
+@torch.no_grad()
 def test_picks(count: int, dtype: torch.dtype) -> None:
     query, weights, keys = torch.randn(count, 4, 8).to(dtype), torch.randn(count, 4), torch.randn(60, 8).to(dtype)
     visible = torch.randint(1, 61, (count,))
-    with torch.no_grad():
-        assert torch.equal(pick(query, weights, keys, visible, 7), pick_reference(query, weights, keys, visible, 7))
+    picks = pick(query, weights, keys, visible, 7)
+    with kernels.use("reference"):
+        assert torch.equal(picks, pick(query, weights, keys, visible, 7))
 
 
 @settings(
@@ -284,6 +312,26 @@ def test_models_agree_with_themselves(config: ModelConfig, seed: int, sizes: lis
             at += size
             if at >= 20:
                 break
+
+
+def test_code_is_kept_where_it_is_asked_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In every folder that is named, however it is; and what is damaged there is named."""
+    monkeypatch.chdir(tmp_path)
+    query = rows(1, 1, 4)
+    for folder in ("relative", tmp_path / "with spaces"):
+        with kernels.use("cpp", folder):
+            attention(query, [query], [query], [1], scale=1.0)
+    assert [file.suffix for file in sorted(tmp_path.rglob("*")) if file.is_file()] == [".so", ".so"]
+    (file,) = (tmp_path / "relative").iterdir()
+    file.write_bytes(b"")
+    code = (
+        "import torch; from kvell import kernels; from kvell.kernels.attention import attention\n"
+        "x = torch.zeros(1, 1, 4)\n"
+        "with kernels.use('cpp', 'relative'): attention(x, [x], [x], [1], scale=1)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    said = f"InputError: compiled code in {file} cannot be read: delete it, and it is made anew"
+    assert done.stderr.splitlines()[-1].endswith(said)
 
 
 def test_without_a_compiler_it_is_said_what_else_to_do(tmp_path: Path) -> None:

@@ -476,7 +476,7 @@ def test_a_version_that_cannot_run_is_refused_in_words(monkeypatch: pytest.Monke
     def run(x: Tensor) -> Tensor:
         return attention(x, [x], [x], [1], scale=1.0)
 
-    with pytest.raises(ValueError, match='not "fast", "reference" or "triton"'), kernels.use("quick"):  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match='not "fast", "reference", "triton" or "cpp"'), kernels.use("quick"):  # type: ignore[arg-type]
         pass
     monkeypatch.setattr(choice, "triton_installed", lambda: False)
     with pytest.raises(InputError, match="triton, which is not installed"), kernels.use("triton"):

@@ -31,7 +31,7 @@ from transformers import ZayaForCausalLM
 from transformers.models.zaya.modeling_zaya import ZayaSparseMoeBlock
 
 import kvell
-from kvell.layers import convolutional
+from kvell.layers import key_values
 from kvell.layers.convolutional import Convolutional, ConvolutionalAttention
 from kvell.layers.part import Site
 from kvell.step import Step
@@ -399,7 +399,7 @@ def test_the_first_tokens_second_convolution_sees_the_first_ones_bias(
         seen.append((query, keys[0][-len(query) :].clone()))
         return query
 
-    monkeypatch.setattr(convolutional, "attention", attention)
+    monkeypatch.setattr(key_values, "attention", attention)
     x = torch.randn(3, 20)
     cache = kvell.Cache({(0, spec.name): spec for spec in config.streams()})
     for part in x.split(counts):

@@ -62,7 +62,7 @@ def check_compiler(device: "torch.device", otherwise: str) -> None:
 
 def user_code_folder() -> Path:
     """Where compiled code is kept if no folder is named."""
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "kvell"
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache").absolute() / "kvell"
 
 
 @contextmanager

@@ -221,12 +221,12 @@ class Decoder(nn.Module):
         fast: compiled to machine code on the CPU, recorded as CUDA graphs on a CUDA device.
 
         From here on `forward` runs it whenever a call is such a step and asks for logits alone (no `return_streams`);
-        compiled, its logits are equal to float tolerance, recorded, to the bit. Other calls take kernels in C++ where
-        there are some (kernels/cpp/). Compiling takes up to a minute; the code is kept in `folder` (`~/.cache/kvell`,
-        or in XDG_CACHE_HOME) and found there by later processes, within seconds. Weights that change in place are
-        seen; where they move, compiled decoding ends with a warning: after `.to()`, or when other tensors take their
-        place, call this again. Copies of the model are without it. InputError on other devices, without a C++
-        compiler, and where the folder cannot be written.
+        compiled, its logits are equal to float tolerance, recorded, to the bit. Its other calls take kernels in C++
+        where there are some (kernels/cpp/). Compiling takes up to a minute; the code is kept in `folder`
+        (`~/.cache/kvell`, or in XDG_CACHE_HOME) and found there by later processes, within seconds. Weights that
+        change in place are seen; where they move, compiled decoding ends with a warning: after `.to()`, or when other
+        tensors take their place, call this again. Copies of the model are without it. InputError on other devices,
+        without a C++ compiler, and where the folder cannot be written.
         """
         from kvell.decoding import decoding_step
 
@@ -295,7 +295,7 @@ class Decoder(nn.Module):
         return compiled
 
     def _kernels(self) -> AbstractContextManager[None]:
-        """Once compiled, a model on the CPU takes kernels in C++, unless its caller chose others."""
+        """Once compiled, a model on the CPU takes kernels in C++, unless its caller chose references or Triton's."""
         return nullcontext() if self._code is None or chosen() != "fast" else use("cpp", self._code)
 
     def __getstate__(self) -> dict[str, Any]:

@@ -40,7 +40,7 @@ def decoding_step(model: "Decoder", batch_size: int, folder: str | Path | None) 
         return RecordedStep(model, batch_size)
     from kvell.decoding.compiled import CompiledStep
 
-    return CompiledStep(model, batch_size, user_code_folder() if folder is None else Path(folder))
+    return CompiledStep(model, batch_size, user_code_folder() if folder is None else Path(folder).absolute())
 
 
 def check_device(device: torch.device) -> None:

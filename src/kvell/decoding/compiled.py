@@ -51,7 +51,8 @@ def _call_back(tensors: Sequence[Tensor | None], part: int, shape: Sequence[int]
     step: Step = _running.step
     try:
         made: Tensor = _running.parts[part](step, step, *tensors)
-        return made.contiguous()
+        assert tensors[0] is not None
+        return made.to(tensors[0].dtype).contiguous()  # which it need not have under autocast
     except BaseException as error:
         _running.error = error
         raise
@@ -124,8 +125,12 @@ class CompiledStep:
         traced = _OneToken(model, self._keep)
         tokens, positions = torch.zeros(2, batch_size, dtype=torch.long, device="cpu")
         rows = empty_table(self.num_layers, batch_size)
-        with torch.no_grad(), use("cpp", folder):
+        with torch.no_grad(), torch.autocast("cpu", enabled=False), use("cpp", folder):
             program = torch.export.export(traced, (tokens, positions, rows), strict=False)
+            for module in model.modules():
+                compile_kernels: Any = getattr(module, "compile_kernels", None)
+                if compile_kernels is not None:
+                    compile_kernels()
         given = dict(program.constants)
         given |= dict(traced.named_parameters(remove_duplicate=False))
         given |= dict(traced.named_buffers(remove_duplicate=False))

@@ -45,9 +45,9 @@ def attention(
         from kvell.kernels.cpp import attention as in_cpp
         from kvell.kernels.cpp import decode
 
-        if decode.takes(query, keys, counts):
+        if decode.takes(query, keys, values, counts):
             return decode.ragged_decode(query, keys, values, scale=scale, window=window)
-        if in_cpp.takes(query, keys[0]):
+        if in_cpp.takes(query, keys[0], values[0]):
             run = in_cpp.causal_attention
     if len(counts) == 1:
         return run(query, keys[0], values[0], scale=scale, window=window)
@@ -61,6 +61,17 @@ def attention(
         for q, key, value in zip(query.split(list(counts)), keys, values, strict=True)
     ]
     return torch.cat(outputs)
+
+
+def compile_in_cpp(dtype: torch.dtype, width: int, group: int) -> None:
+    """The kernels in C++ for such heads. InputError where they cannot be."""
+    from kvell.kernels.cpp.attention import attention_operator, worth
+    from kvell.kernels.cpp.decode import ELEMENTS, decode_operator
+
+    if dtype in ELEMENTS:
+        decode_operator(dtype, width, group)
+        if worth(dtype):
+            attention_operator(dtype, width, group)
 
 
 def attention_reference(

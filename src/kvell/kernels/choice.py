@@ -36,7 +36,7 @@ _folder: ContextVar[Path | None] = ContextVar("kvell_code_folder", default=None)
 
 
 @contextmanager
-def use(version: Version, folder: Path | None = None) -> Iterator[None]:
+def use(version: Version, folder: str | Path | None = None) -> Iterator[None]:
     """Runs every kernel called in this block in the given version. InputError for "triton" without Triton.
 
     `folder` is where what is compiled for "cpp" is kept, None the user's folder for such things.
@@ -46,6 +46,8 @@ def use(version: Version, folder: Path | None = None) -> Iterator[None]:
         raise ValueError(f"kernel version {version!r} is not {', '.join(most)} or {last}")
     if version == "triton" and not triton_installed():
         raise InputError('kernel version "triton" needs the package triton, which is not installed')
+    if folder is not None and not (isinstance(folder, Path) and folder.is_absolute()):
+        folder = Path(folder).absolute()  # the same object each time is found faster among compiled kernels
     tokens = _version.set(version), _folder.set(folder)
     try:
         yield

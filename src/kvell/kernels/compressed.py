@@ -15,6 +15,7 @@ n queries of one sequence, S rows, E entries, H heads, D width, P picks.
 """
 
 from collections.abc import Iterator
+from typing import Any
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -295,15 +296,31 @@ def index_scores(
     """The indexer's score of every entry for every query, fp32."""
     one = query.shape[0] == 1
     if cpp_wanted(query) and not torch.is_grad_enabled() and not (one and keys.shape[0] > MANY_FOR_ONE):
-        from kvell.kernels.cpp import operator
-
-        run = operator("index", HEADS=query.shape[1], WIDTH=query.shape[2])
+        run = _index_operator(*query.shape[1:])
         scores: Tensor = run(*(given.float().contiguous() for given in (query, weights, keys)))
         return scores
     if one:
         return weights.float() @ (query[0].float() @ keys.float().T).relu_()
     relevant = (query.float() @ keys.float().T).relu_()
     return (weights.float()[:, None] @ relevant).squeeze(1)
+
+
+def _index_operator(heads: int, width: int) -> Any:
+    from kvell.kernels.cpp import operator
+
+    return operator("index", HEADS=heads, WIDTH=width)
+
+
+def compile_in_cpp(dtype: torch.dtype, heads: int, width: int, index: tuple[int, int] | None) -> None:
+    """The kernels in C++ of attention with so many heads, and of an indexer's. InputError where they cannot be."""
+    from kvell.kernels.cpp import operator
+    from kvell.kernels.cpp.decode import ELEMENTS, decode_operator, few
+
+    if dtype in ELEMENTS and few(heads, width):
+        decode_operator(dtype, width, heads)
+    if index is not None:
+        _index_operator(*index)
+        operator("top_k")
 
 
 def pick(
@@ -366,7 +383,9 @@ def pick_blocked(
 ) -> Int[Tensor, "n P"]:
     """Blocks of queries, each against the entries that any of the block's queries sees."""
     picks = query.new_full((len(query), min(top_k, len(keys))), -1, dtype=torch.long)
-    size = min(max(BLOCK_NUMBERS // (query.shape[1] * max(len(keys), 1)), 1), MAX_BLOCK)
+    in_cpp = cpp_wanted(query) and not torch.is_grad_enabled()  # where products of single heads are not kept
+    heads, most_rows = (1, 4 * MAX_BLOCK) if in_cpp else (query.shape[1], MAX_BLOCK)
+    size = min(max(BLOCK_NUMBERS // (heads * max(len(keys), 1)), 1), most_rows)
     for start in range(0, len(query), size):
         block = slice(start, min(start + size, len(query)))
         seen = visible[block]

@@ -36,8 +36,9 @@ def top_k_of_seen(scores: Float[Tensor, "R N"], seen: Int[Tensor, " R"] | None, 
     if cpp_wanted(scores):
         from kvell.kernels.cpp import operator
 
-        counts = torch.full(scores.shape[:1], scores.shape[1], device="cpu") if seen is None else seen
-        picks: Tensor = operator("top_k")(scores.float().contiguous(), counts.contiguous(), k)
+        all_of_them = scores.shape[1]
+        counts = torch.full(scores.shape[:1], all_of_them, device="cpu") if seen is None else seen
+        picks: Tensor = operator("top_k")(scores.float().contiguous(), counts.long().clamp(max=all_of_them), k)
         return picks
     if seen is None:
         return top_k_ascending(scores, k)

@@ -47,7 +47,7 @@ from pydantic import Field, NonNegativeInt, PositiveInt, model_validator
 from torch import Tensor, nn
 
 from kvell.cache import StreamSpec
-from kvell.kernels.compressed import attention_mass, compressed_attention
+from kvell.kernels.compressed import attention_mass, compile_in_cpp, compressed_attention
 from kvell.kernels.rounding import hadamard, round_fp4, round_fp8
 from kvell.layers.compressor import Compressor, EntryCompressor, entry_cost, entry_streams
 from kvell.layers.cost import Cost, Technique, Work, linear, norm, together, vector
@@ -368,6 +368,12 @@ class CompressedAttention(KeepsFp32):
 
     def init_parameters(self) -> None:
         self.sink.zero_()
+
+    def compile_kernels(self) -> None:
+        """Those in C++: else they are compiled when they are first called."""
+        config = self.config
+        index = None if config.indexer is None else (config.indexer.num_heads, config.indexer.head_dim)
+        compile_in_cpp(self.q_b_proj.weight.dtype, config.num_heads, config.head_dim, index)
 
     def _rows(self, x: Float[Tensor, "T C"], step: "Step") -> Float[Tensor, "T D"]:
         """What each token is to later ones: its key and its value."""

@@ -205,6 +205,10 @@ class ConvolutionalAttention(nn.Module):
         y = step.apart(self.attend, query, None if value is None else key, value, wanted=wanted)
         return self.o_proj(y.flatten(1))
 
+    def compile_kernels(self) -> None:
+        """Those in C++: else they are compiled when they are first called."""
+        self.attend.compile_kernels(self.q_proj.weight.dtype, self.config.num_heads, self.config.head_dim)
+
     def _query_and_key(
         self, x: Float[Tensor, "T C"], step: "Step"
     ) -> tuple[Float[Tensor, "T H D"], Float[Tensor, "T K D"]]:

@@ -169,6 +169,10 @@ class GroupedQueryAttention(nn.Module):
         y = step.apart(self.attend, query, key, value, wanted=wanted)
         return self.o_proj(self._gate(x, y).flatten(1))
 
+    def compile_kernels(self) -> None:
+        """Those in C++: else they are compiled when they are first called."""
+        self.attend.compile_kernels(self.q_proj.weight.dtype, self.config.num_heads, self.config.head_dim)
+
     def _turned(self, heads: Float[Tensor, "T H D"], step: "Step") -> Float[Tensor, "T H D"]:
         rotary = self.config.rotary
         return heads if rotary is None else step.rotary(rotary, self.config.head_dim, heads.dtype).rotate(heads)

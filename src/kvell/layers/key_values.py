@@ -8,10 +8,11 @@ writes none to the cache.
 
 from typing import TYPE_CHECKING, NamedTuple
 
+import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from kvell.kernels.attention import attention
+from kvell.kernels.attention import attention, compile_in_cpp
 from kvell.layers.part import Part
 
 if TYPE_CHECKING:
@@ -45,6 +46,10 @@ class KeyValueAttention:
         """`wanted` are the tokens whose queries these are; key and value where the layer makes its own."""
         seen = self._seen(step, key, value)
         return attention(query, seen.keys, seen.values, wanted.counts, scale=self.scale, window=self.window)
+
+    def compile_kernels(self, dtype: torch.dtype, heads: int, width: int) -> None:
+        """Those in C++: else they are compiled when they are first called."""
+        compile_in_cpp(dtype, width, heads // self.kv_heads)
 
     def _seen(
         self, step: "Step", key: Float[Tensor, "T K D"] | None, value: Float[Tensor, "T K D"] | None

@@ -1,4 +1,4 @@
-"""Kernels in C++, for the CPU: one file for each, beside the Python that calls it.
+"""Kernels in C++, for the CPU: one file for each, and the Python that calls it where there is more to say than that.
 
 A kernel is an operator of torch, compiled for the shapes it meets, in about two seconds, by the compiler that torch
 finds, and kept in a folder. It sees torch through its stable interface alone; its threads are torch's own. Nothing is
@@ -7,6 +7,7 @@ compiled before a caller asks for it: `kernels.use("cpp")`, or a decoding step t
 
 import hashlib
 import os
+import shutil
 import tempfile
 from functools import cache
 from pathlib import Path
@@ -14,39 +15,61 @@ from typing import Any
 
 import torch
 
+from kvell.errors import InputError
 from kvell.hardware import check_compiler, keeping_code_in, processor
 from kvell.kernels.choice import code_folder
 
+HERE, COMMON = Path(__file__).parent, "common.h"
 # After those that torch compiles its own kernels with, which leave out fused products.
 FLAGS = ("-ffp-contract=fast", "-fno-math-errno")
+Constants = tuple[tuple[str, int | str], ...]
+
+
+def operator(kernel: str, **constants: int | str) -> Any:
+    """The operator of a kernel for these constants. InputError where it cannot be compiled."""
+    return _operator(kernel, tuple(constants.items()), code_folder())
 
 
 @cache
-def operator(kernel: str, **constants: int | str) -> Any:
-    """The operator of a kernel for these constants. InputError where it cannot be compiled."""
-    name = "_".join([kernel, *map(str, constants.values())])
-    here, folder = Path(__file__).parent, code_folder()
-    source = here / f"{kernel}.cpp"
-    flags = [*FLAGS, *(f"-D{constant}={value}" for constant, value in (constants | {"OPERATOR": name}).items())]
-    said = [(here / "common.h").read_text(), source.read_text(), str(flags), torch.__version__, processor()]
+def _operator(kernel: str, constants: Constants, folder: Path) -> Any:
+    name = "_".join([kernel, *(str(value) for _, value in constants)])
+    flags = [*FLAGS, *(f"-D{constant}={value}" for constant, value in (*constants, ("OPERATOR", name)))]
+    said = [(HERE / file).read_text() for file in (COMMON, f"{kernel}.cpp")]
+    said += [str(flags), torch.__version__, processor()]
     file = folder / f"{name}-{hashlib.sha256(''.join(said).encode()).hexdigest()[:32]}.so"
     with keeping_code_in(folder):
         if not file.exists():
-            _compile(source, file, flags)
-        torch.ops.load_library(file)
+            _compile(kernel, file, flags)
+    _load(name, file)
     return getattr(torch.ops.kvell, name).default
 
 
-def _compile(source: Path, file: Path, flags: list[str]) -> None:
-    """Aside first, so that whoever finds the file finds all of it."""
+_loaded = set[str]()
+
+
+def _load(name: str, file: Path) -> None:
+    """Once per process, from whichever folder: an operator can be defined once."""
+    if name not in _loaded:
+        try:
+            torch.ops.load_library(file)
+        except OSError as error:
+            raise InputError(f"compiled code in {file} cannot be read: delete it, and it is made anew") from error
+        _loaded.add(name)
+
+
+def _compile(kernel: str, file: Path, flags: list[str]) -> None:
+    """Aside first, so that whoever finds the file finds all of it. The compiler works in a folder of its own: it is
+    not given names with spaces, nor relative ones."""
     from torch._inductor.cpp_builder import CppBuilder, CppTorchOptions
     from torch._inductor.cpu_vec_isa import invalid_vec_isa
 
     check_compiler(torch.device("cpu"), "do without kernels in C++")
     file.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=file.parent) as aside:
+    with tempfile.TemporaryDirectory() as work, tempfile.TemporaryDirectory(dir=file.parent) as aside:
+        for source in (COMMON, f"{kernel}.cpp"):
+            shutil.copy(HERE / source, work)
         # What the processor can do the compiler finds out by itself.
         options = CppTorchOptions(vec_isa=invalid_vec_isa, extra_flags=flags)
-        builder: Any = CppBuilder(name=file.stem, sources=str(source), BuildOption=options, output_dir=aside)
+        builder: Any = CppBuilder(name=kernel, sources=f"{work}/{kernel}.cpp", BuildOption=options, output_dir=work)
         builder.build()
-        os.replace(builder.get_target_file_path(), file)
+        os.replace(shutil.copy(builder.get_target_file_path(), aside), file)

@@ -4,22 +4,26 @@ torch's attention on the CPU takes a mask for a window, and multiplies blocks by
 Here products, exponentials and what is visible are one loop, over what a query may see and no more.
 """
 
+from typing import Any
+
 from jaxtyping import Float
-from torch import Tensor, float32, is_grad_enabled
+from torch import Tensor, dtype, float32
 
 from kvell.kernels.cpp import operator
-from kvell.kernels.cpp.decode import ELEMENTS
+from kvell.kernels.cpp.decode import ELEMENTS, readable
 from kvell.kernels.linear import multiplies_bf16
 
 UNLIMITED = 1 << 62
 
 
-def takes(query: Tensor, key: Tensor) -> bool:
-    """Whether this is the faster way: torch multiplies bf16 faster where the processor does so by itself."""
-    recorded = is_grad_enabled() and (query.requires_grad or key.requires_grad)
-    alike = query.dtype is key.dtype  # which they are not under autocast, with a cache
-    faster = query.dtype is float32 or not multiplies_bf16()
-    return alike and query.dtype in ELEMENTS and faster and not recorded
+def takes(query: Tensor, key: Tensor, value: Tensor) -> bool:
+    """Whether the kernel can read these and is worth it."""
+    return readable(query, key, value) and worth(query.dtype)
+
+
+def worth(element: dtype) -> bool:
+    """Whether it is the faster way: torch multiplies bf16 faster where the processor does so by itself."""
+    return element is float32 or not multiplies_bf16()
 
 
 def causal_attention(
@@ -32,7 +36,12 @@ def causal_attention(
 ) -> Float[Tensor, "n H D"]:
     """The queries are the last n of the sequence's S tokens."""
     group, width = query.shape[1] // key.shape[1], query.shape[2]
-    run = operator("attention", WIDTH=width, GROUP=group, ELEMENT=ELEMENTS[query.dtype])
+    run = attention_operator(query.dtype, width, group)
     rows = (own if own.stride()[1:] == (width, 1) else own.contiguous() for own in (key, value))
     y: Tensor = run(query.contiguous(), *rows, scale, UNLIMITED if window is None else window)
     return y
+
+
+def attention_operator(element: dtype, width: int, group: int) -> Any:
+    """attention(query (n, H, D), keys and values (S, K, D), scale, window): (n, H, D)."""
+    return operator("attention", WIDTH=width, GROUP=group, ELEMENT=ELEMENTS[element])

@@ -24,8 +24,8 @@ template <class Number> inline Number larger_of(Number a, Number b) { return a <
 
 // All of a vector's numbers as one, by the sum or the maximum of its halves.
 template <int lanes, class Join> inline float joined(typename Floats<lanes>::type vector, Join join) {
-    if constexpr (lanes == 2) {
-        return join(vector[0], vector[1]);
+    if constexpr (lanes == 1) {
+        return vector[0];
     } else {
         typename Floats<lanes / 2>::type halves[2];
         std::memcpy(halves, &vector, sizeof vector);
@@ -44,13 +44,14 @@ template <int lanes> inline typename Floats<lanes>::type power_of_two(typename F
     using Vector = typename Floats<lanes>::type;
     typedef int32_t Words __attribute__((vector_size(4 * lanes)));
     const Vector least = Vector{} - 127.f, shift = Vector{} + 12582912.f;  // 1.5 * 2^23: added to x, it rounds it
-    x = x < least ? least : x;  // what is not a number stays that
+    const Vector number = x - x;  // zero, unless x is none
+    x = x < least ? least : x;
     const Vector whole = x + shift, part = x - (whole - shift);
     // Of the polynomials of this degree that are 1 at 0, the one nearest to 2^part for |part| <= 1/2: within 9e-8.
     Vector power = Vector{} + 1.3264726e-3f;
     for (const float term : {9.6715138e-3f, 5.5507338e-2f, 2.4022242e-1f, 6.9314698e-1f, 1.f})
         power = power * part + term;
-    return (Vector)((Words)power + ((Words)whole << 23));
+    return (Vector)((Words)power + ((Words)whole << 23)) + number;
 }
 
 inline float widened(float number) { return number; }

@@ -231,7 +231,8 @@ Tensor decode_shared(
     std::vector<Element> gathered;
     if (picks) {
         const int64_t* chosen = numbers<int64_t>(*picks);
-        const int64_t count = std::min(far, picks->size(1));
+        int64_t count = 0;
+        while (count < std::min(far, picks->size(1)) && chosen[count] >= 0) ++count;
         gathered.resize(count * WIDTH);
         for (int64_t i = 0; i < count; ++i)
             std::memcpy(&gathered[i * WIDTH], seen[1].keys + chosen[i] * seen[1].key_stride, WIDTH * sizeof(Element));

@@ -21,11 +21,17 @@ FIELDS = 7  # of a table's entry
 Entry = tuple[int, int, int, int, int, int, int]
 
 
-def takes(query: Tensor, keys: Sequence[Tensor], counts: Sequence[int]) -> bool:
-    """Whether these are single queries, of a dtype that the kernel knows, through which no gradient flows."""
-    recorded = torch.is_grad_enabled() and (query.requires_grad or keys[0].requires_grad)
-    alike = query.dtype is keys[0].dtype  # which they are not under autocast, with a cache
-    return alike and query.dtype in ELEMENTS and not recorded and all(count == 1 for count in counts)
+def readable(*tensors: Tensor) -> bool:
+    """Whether these are all of one dtype that a kernel knows, which they need not be under autocast, and no gradient
+    flows through any."""
+    first = tensors[0].dtype
+    recorded = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors)
+    return first in ELEMENTS and not recorded and all(tensor.dtype is first for tensor in tensors)
+
+
+def takes(query: Tensor, keys: Sequence[Tensor], values: Sequence[Tensor], counts: Sequence[int]) -> bool:
+    """Whether these are single queries and rows that the kernel can read."""
+    return readable(query, keys[0], values[0]) and all(count == 1 for count in counts)
 
 
 def ragged_decode(
@@ -47,9 +53,13 @@ def ragged_decode(
 
 def takes_shared(query: Tensor, rows: Tensor, entries: Tensor, sink: Tensor) -> bool:
     """The same for `shared_decode`. Of many wide heads torch multiplies faster, and reads no row more often."""
-    recorded = torch.is_grad_enabled() and any(x.requires_grad for x in (query, rows, entries, sink))
-    alike = query.dtype is rows.dtype is entries.dtype and query.dtype in ELEMENTS
-    return alike and not recorded and query[0].numel() <= FEW_NUMBERS
+    recorded = torch.is_grad_enabled() and sink.requires_grad
+    return readable(query, rows, entries) and not recorded and few(*query.shape[1:])
+
+
+def few(heads: int, width: int) -> bool:
+    """Whether heads that share their keys are so few and narrow that the kernel is worth it."""
+    return heads * width <= FEW_NUMBERS
 
 
 def shared_decode(
@@ -66,7 +76,8 @@ def shared_decode(
     """kernels/compressed.py's attention for one query: rows and entries are key and value at once for all heads."""
     rows, entries = (own if own.stride(1) == 1 else own.contiguous() for own in (rows, entries))
     run = _shared_operator(query.dtype, query.shape[2], query.shape[1])
-    y: Tensor = run(query.contiguous(), rows, entries, visible, picks, sink, scale, window)
+    chosen = None if picks is None else picks.long().contiguous()
+    y: Tensor = run(query.contiguous(), rows, entries, visible.long(), chosen, sink.float(), scale, window)
     return y
 
 
@@ -98,17 +109,24 @@ def entry(
     )
 
 
-@cache
 def decode_operator(dtype: torch.dtype, width: int, group: int) -> Any:
     """decode(query (B, H, D), newest keys (B, K, D) or None, newest values or None, table (B, 7), scale), contiguous,
     for heads of `width` channels and `group` query heads to a KV head: (B, H, D)."""
-    made = operator("decode", WIDTH=width, GROUP=group, ELEMENT=ELEMENTS[dtype])
+    return _known(operator("decode", WIDTH=width, GROUP=group, ELEMENT=ELEMENTS[dtype]))
+
+
+def _shared_operator(dtype: torch.dtype, width: int, heads: int) -> Any:
+    """The same kernel's other operator: all heads read one."""
+    return _beside(decode_operator(dtype, width, heads))
+
+
+@cache
+def _known(made: Any) -> Any:
+    """To torch's compiler."""
     torch.library.register_fake(made.name(), lambda query, *_: torch.empty_like(query))
     return made
 
 
 @cache
-def _shared_operator(dtype: torch.dtype, width: int, heads: int) -> Any:
-    """The same kernel's other operator: all heads read one."""
-    name = decode_operator(dtype, width, heads).name().removeprefix("kvell::")
-    return getattr(torch.ops.kvell, f"{name}_shared").default
+def _beside(made: Any) -> Any:
+    return getattr(torch.ops.kvell, made.name().removeprefix("kvell::") + "_shared").default

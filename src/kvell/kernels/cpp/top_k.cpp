@@ -90,7 +90,8 @@ void choose(const float* scores, int64_t seen, Noted& noted, int64_t* picks) {
     int64_t at = 0;
     const float least = bound(scores, seen, noted.wanted, noted.sorted);
     if (least > NOTHING) {
-        noted.threshold = std::nextafter(least, NOTHING);
+        // Below zero the next number is one that processors may be told to take for zero.
+        noted.threshold = least == 0 ? -std::numeric_limits<float>::min() : std::nextafter(least, NOTHING);
     } else {
         for (; at < std::min(noted.wanted, seen); ++at) noted.add(scores[at], at);
         noted.threshold = *std::min_element(noted.scores.begin(), noted.scores.end());
