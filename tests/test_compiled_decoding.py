@@ -8,6 +8,7 @@ import os
 import subprocess
 import sys
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +25,7 @@ from kvell import Cache, Decoder, ModelConfig, kernels
 from kvell.cli import main
 from kvell.decoding import compiled as compiling
 from kvell.errors import CacheError, InputError
-from kvell.kernels import linear
+from kvell.kernels import cpp, linear
 
 
 @pytest.fixture(scope="module")
@@ -127,6 +128,28 @@ def test_bf16_stays_near_the_models_own(large: int, folder: Path, monkeypatch: p
             rows = [decoder(tokens[:, at : at + 1], cache=cache) for at in range(12)]
             errors.append(float((torch.cat(rows, dim=1).float() - expected).abs().mean()))
     assert errors[1] < 1.5 * errors[0]
+
+
+@pytest.mark.usefixtures("_as_traced")
+@pytest.mark.parametrize("kind", ["deepseek_v4", "zaya", "gemma4"])
+def test_nothing_is_compiled_once_it_runs(kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """All kernels in C++ are there before, and are taken unless another version is asked for."""
+    model = random_model(model_like(kind)).compile_decoding(folder=tmp_path)
+    kept, asked, ask = sorted(tmp_path.iterdir()), [], cpp._operator
+    assert {file.suffix for file in kept} == {".so"}
+    monkeypatch.setattr(cpp, "_operator", lambda *given: asked.append(given[0]) or ask(*given))
+    tokens, caches = draw_tokens(1, 60), [model.make_cache(), model.make_cache()]
+    with torch.no_grad():
+        with kernels.use("reference"):
+            expected = model(tokens)
+        for version, cache in zip((None, "fast"), caches, strict=True):
+            asked.clear()
+            with nullcontext() if version is None else kernels.use(version):
+                logits = [model(tokens[:, :50], cache=cache), model(tokens[:, 50:59], cache=cache)]
+            assert_same(torch.cat(logits, dim=1), expected[:, :59])
+            assert bool(asked) == (version is None)
+        assert_same(model(tokens[:, 59:], cache=caches[0]), expected[:, 59:])
+    assert sorted(tmp_path.iterdir()) == kept
 
 
 def test_only_a_step_of_one_token_each_is_compiled(folder: Path, runs: list[int]) -> None:

@@ -5,6 +5,7 @@ import subprocess
 import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -44,10 +45,10 @@ def rows(count: int, heads: int, width: int, dtype: torch.dtype = FLOAT) -> Tens
 
 
 def expected(
-    query: Tensor, keys: Sequence[Tensor], values: Sequence[Tensor], counts: Sequence[int], **how: object
+    query: Tensor, keys: Sequence[Tensor], values: Sequence[Tensor], counts: Sequence[int], **how: Any
 ) -> Tensor:
     own = zip(query.split(list(counts)), keys, values, strict=True)
-    return torch.cat([attention_reference(*each, **how) for each in own])  # type: ignore[arg-type]
+    return torch.cat([attention_reference(*each, **how) for each in own])
 
 
 def assert_near(actual: Tensor, wanted: Tensor) -> None:

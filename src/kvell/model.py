@@ -21,7 +21,7 @@ from kvell.cache import Cache, StreamSpecs
 from kvell.config import ModelConfig
 from kvell.draft import DraftBlock
 from kvell.errors import CacheError, InputError, warn, whole_number
-from kvell.kernels.choice import chosen, use
+from kvell.kernels.choice import chosen, left_open, use
 from kvell.kernels.heap import keep_freed_memory
 from kvell.kernels.linear import linear
 from kvell.layer import Layer
@@ -161,7 +161,7 @@ class Decoder(nn.Module):
         if streams.shape[:2] != next_tokens.shape:
             raise InputError(f"streams of the shape {tuple(streams.shape)} for tokens {tuple(next_tokens.shape)}")
         self._check_cache(cache, lengths, self._draft_streams)
-        with torch.set_grad_enabled(torch.is_grad_enabled() and cache is None):
+        with torch.set_grad_enabled(torch.is_grad_enabled() and cache is None), self._kernels():
             step = Step.of(next_tokens.flatten(), lengths, cache, observed=observed)
             x, h = self.draft_block(streams.flatten(0, 1), self._embed(step.tokens), step)
             logits = self._logits(x)
@@ -295,8 +295,8 @@ class Decoder(nn.Module):
         return compiled
 
     def _kernels(self) -> AbstractContextManager[None]:
-        """Once compiled, a model on the CPU takes kernels in C++, unless its caller chose references or Triton's."""
-        return nullcontext() if self._code is None or chosen() != "fast" else use("cpp", self._code)
+        """Once compiled, a model on the CPU takes kernels in C++, unless its caller chose others."""
+        return use("cpp", self._code) if self._code is not None and left_open() else nullcontext()
 
     def __getstate__(self) -> dict[str, Any]:
         return self.__dict__ | {"_compiled": {}, "_code": None}

@@ -174,7 +174,7 @@ def machine_code(
             _compile(program, file, settings)
     try:
         code: Any = torch._inductor.aoti_load_package(str(file), run_single_threaded=True)
-    except RuntimeError:
+    except (OSError, RuntimeError):
         raise InputError(f"compiled code in {file} cannot be read: delete it, and it is made anew") from None
     used = {name: weights[name].detach() for name in code.get_constant_fqns()}
     code.load_constants(used, check_full_update=True, user_managed=True)

@@ -31,7 +31,7 @@ Version = Literal["fast", "reference", "triton", "cpp"]
 
 _TRITON_INSTALLED = find_spec("triton") is not None
 
-_version: ContextVar[Version] = ContextVar("kvell_kernel_version", default="fast")
+_version: ContextVar[Version | None] = ContextVar("kvell_kernel_version", default=None)
 _folder: ContextVar[Path | None] = ContextVar("kvell_code_folder", default=None)
 
 
@@ -62,7 +62,12 @@ def code_folder() -> Path:
 
 
 def chosen() -> Version:
-    return _version.get()
+    return _version.get() or "fast"
+
+
+def left_open() -> bool:
+    """Whether nobody asked for a version."""
+    return _version.get() is None
 
 
 def reference_wanted() -> bool:

@@ -295,7 +295,7 @@ def index_scores(
 ) -> Float[Tensor, "n E"]:
     """The indexer's score of every entry for every query, fp32."""
     one = query.shape[0] == 1
-    if cpp_wanted(query) and not torch.is_grad_enabled() and not (one and keys.shape[0] > MANY_FOR_ONE):
+    if _scored_in_cpp(query) and not (one and keys.shape[0] > MANY_FOR_ONE):
         run = _index_operator(*query.shape[1:])
         scores: Tensor = run(*(given.float().contiguous() for given in (query, weights, keys)))
         return scores
@@ -303,6 +303,11 @@ def index_scores(
         return weights.float() @ (query[0].float() @ keys.float().T).relu_()
     relevant = (query.float() @ keys.float().T).relu_()
     return (weights.float()[:, None] @ relevant).squeeze(1)
+
+
+def _scored_in_cpp(query: Tensor) -> bool:
+    """Whether scores are made in C++, where the products of single heads are nowhere kept."""
+    return cpp_wanted(query) and not torch.is_grad_enabled()
 
 
 def _index_operator(heads: int, width: int) -> Any:
@@ -368,8 +373,7 @@ def pick_for_one(
 ) -> Int[Tensor, "1 P"]:
     """A single query: nothing to mask."""
     seen = int(visible)
-    counted = visible if cpp_wanted(query) else None  # of the scores all are seen
-    best = top_k_of_seen(index_scores(query, weights, keys[:seen]), counted, min(top_k, seen))
+    best = top_k_of_seen(index_scores(query, weights, keys[:seen]), None, min(top_k, seen))
     missing = min(top_k, len(keys)) - best.shape[1]
     return F.pad(best, (0, missing), value=-1) if missing else best
 
@@ -383,8 +387,7 @@ def pick_blocked(
 ) -> Int[Tensor, "n P"]:
     """Blocks of queries, each against the entries that any of the block's queries sees."""
     picks = query.new_full((len(query), min(top_k, len(keys))), -1, dtype=torch.long)
-    in_cpp = cpp_wanted(query) and not torch.is_grad_enabled()  # where products of single heads are not kept
-    heads, most_rows = (1, 4 * MAX_BLOCK) if in_cpp else (query.shape[1], MAX_BLOCK)
+    heads, most_rows = (1, 4 * MAX_BLOCK) if _scored_in_cpp(query) else (query.shape[1], MAX_BLOCK)
     size = min(max(BLOCK_NUMBERS // (heads * max(len(keys), 1)), 1), most_rows)
     for start in range(0, len(query), size):
         block = slice(start, min(start + size, len(query)))

@@ -40,21 +40,12 @@ def _operator(kernel: str, constants: Constants, folder: Path) -> Any:
     with keeping_code_in(folder):
         if not file.exists():
             _compile(kernel, file, flags)
-    _load(name, file)
-    return getattr(torch.ops.kvell, name).default
-
-
-_loaded = set[str]()
-
-
-def _load(name: str, file: Path) -> None:
-    """Once per process, from whichever folder: an operator can be defined once."""
-    if name not in _loaded:
+    if not hasattr(torch.ops.kvell, name):  # from whichever folder: an operator can be defined once
         try:
             torch.ops.load_library(file)
         except OSError as error:
             raise InputError(f"compiled code in {file} cannot be read: delete it, and it is made anew") from error
-        _loaded.add(name)
+    return getattr(torch.ops.kvell, name).default
 
 
 def _compile(kernel: str, file: Path, flags: list[str]) -> None:

@@ -98,6 +98,8 @@ void attend(
 ) {
     const int64_t count = (last - first) * GROUP, used = (count + ACROSS - 1) / ACROSS;
     const auto place = [&](int64_t row) { return (first + row / GROUP) * head.query_stride + row % GROUP * WIDTH; };
+    for (int64_t p = 0; p < used; ++p)
+        for (int v = 0; v < 2; ++v) panels[p].largest[v] = Vector{} + LOWEST, panels[p].total[v] = Vector{};
     for (int64_t row = 0; row < used * ACROSS; ++row) {
         Panel& panel = panels[row / ACROSS];
         const int64_t q = row % ACROSS;
@@ -108,7 +110,6 @@ void attend(
             panel.query[c][q] = widened(head.query[place(own) + c]) * scale;
             panel.output[c][q] = 0;
         }
-        for (int v = 0; v < 2; ++v) panel.largest[v] = Vector{} + LOWEST, panel.total[v] = Vector{};
     }
 
     float keys[TILE][WIDTH], values[TILE][WIDTH];

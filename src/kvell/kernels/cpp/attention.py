@@ -10,7 +10,7 @@ from jaxtyping import Float
 from torch import Tensor, dtype, float32
 
 from kvell.kernels.cpp import operator
-from kvell.kernels.cpp.decode import ELEMENTS, readable
+from kvell.kernels.cpp.decode import ELEMENTS, readable, side_by_side
 from kvell.kernels.linear import multiplies_bf16
 
 UNLIMITED = 1 << 62
@@ -37,8 +37,8 @@ def causal_attention(
     """The queries are the last n of the sequence's S tokens."""
     group, width = query.shape[1] // key.shape[1], query.shape[2]
     run = attention_operator(query.dtype, width, group)
-    rows = (own if own.stride()[1:] == (width, 1) else own.contiguous() for own in (key, value))
-    y: Tensor = run(query.contiguous(), *rows, scale, UNLIMITED if window is None else window)
+    limit = UNLIMITED if window is None else window
+    y: Tensor = run(query.contiguous(), side_by_side(key), side_by_side(value), scale, limit)
     return y
 
 

@@ -44,7 +44,7 @@ def ragged_decode(
 ) -> Float[Tensor, "B H D"]:
     """Each sequence's one query over its own keys[b] and values[b], or the last `window` rows of them."""
     kv_heads = keys[0].shape[1]
-    rows = [[_side_by_side(own) for own in every] for every in (keys, values)]
+    rows = [[side_by_side(own) for own in every] for every in (keys, values)]
     entries = [entry(key, value, window) for key, value in zip(*rows, strict=True)]
     run = decode_operator(query.dtype, query.shape[2], query.shape[1] // kv_heads)
     output: Tensor = run(query.contiguous(), None, None, torch.tensor(entries, device="cpu"), scale)
@@ -81,18 +81,17 @@ def shared_decode(
     return y
 
 
-def _side_by_side(rows: Float[Tensor, "S K D"]) -> Float[Tensor, "S KD"]:
-    """Rows with their heads side by side."""
-    flat = rows.flatten(1)
-    return flat if flat.stride(1) == 1 else flat.contiguous()
+def side_by_side(rows: Float[Tensor, "S K D"]) -> Float[Tensor, "S K D"]:
+    """Rows whose heads lie one behind the other, as a cache has them."""
+    return rows if rows.stride()[1:] == (rows.shape[2], 1) else rows.contiguous()
 
 
 def entry(
-    keys: Float[Tensor, "S KD"],
-    values: Float[Tensor, "S KD"],
+    keys: Float[Tensor, "S *row"],
+    values: Float[Tensor, "S *row"],
     window: int | None,
-    kept_key: Float[Tensor, "1 KD"] | None = None,
-    kept_value: Float[Tensor, "1 KD"] | None = None,
+    kept_key: Float[Tensor, "1 *row"] | None = None,
+    kept_value: Float[Tensor, "1 *row"] | None = None,
 ) -> Entry:
     """Where a sequence's rows lie, or the last `window` of them, and where else its newest ones are kept."""
     held, itemsize = keys.shape[0], keys.itemsize
@@ -117,7 +116,8 @@ def decode_operator(dtype: torch.dtype, width: int, group: int) -> Any:
 
 def _shared_operator(dtype: torch.dtype, width: int, heads: int) -> Any:
     """The same kernel's other operator: all heads read one."""
-    return _beside(decode_operator(dtype, width, heads))
+    name = decode_operator(dtype, width, heads).name().removeprefix("kvell::")
+    return getattr(torch.ops.kvell, f"{name}_shared").default
 
 
 @cache
@@ -125,8 +125,3 @@ def _known(made: Any) -> Any:
     """To torch's compiler."""
     torch.library.register_fake(made.name(), lambda query, *_: torch.empty_like(query))
     return made
-
-
-@cache
-def _beside(made: Any) -> Any:
-    return getattr(torch.ops.kvell, made.name().removeprefix("kvell::") + "_shared").default
