@@ -10,7 +10,7 @@ demo: $(INSTALLED)
 	$(BIN)/python examples/passkey.py
 
 test: check
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest --numprocesses auto --maxprocesses 4 --dist loadfile
 
 # Measures Kvell beside transformers and against the machine; QUICK=1 takes under five minutes, without it under forty.
 bench: $(INSTALLED)

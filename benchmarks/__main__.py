@@ -33,7 +33,7 @@ def benchmarks(options: argparse.Namespace) -> dict[str, Callable[[], Section]]:
             with_llama=not quick,
         ),
         "growth": lambda: growth.run(
-            list(growth.TECHNIQUES),
+            growth.QUICK_TECHNIQUES if quick else list(growth.TECHNIQUES),
             longest=growth.QUICK_LONGEST if quick else growth.LONGEST,
             budget=growth.QUICK_BUDGET if quick else growth.BUDGET,
             threads=threads,

@@ -1,13 +1,14 @@
 """Goal 4: what each technique costs as the context grows, and goal 1's claims about decoding in a long one.
 
-    python -m benchmarks.growth                  1K ... 1M tokens, as far as the time budget lets each technique go
-    python -m benchmarks.growth --quick          up to 8K
+    python -m benchmarks.growth                  1K ... 1M tokens
+    python -m benchmarks.growth --quick          a few techniques up to 8K
     python -m benchmarks.growth --techniques windows csa --longest 131072 --budget 120
 
 Four layers of the same width, with one technique each, beside plain grouped-query attention and all techniques
-together. One sequence grows: prefill time at n tokens is the sum of the pieces up to n, decode is the median of the
-tokens after it. The fitted exponent k says that a figure grows as n^k, by least squares over the longer half. What
-the planner says of FLOPs and bytes stands beside what was measured, for all lengths.
+together, compiled. One sequence grows: prefill time at n tokens is the sum of the pieces up to n, decode is the median
+of the tokens after it. Prompts grow as far as the time budget lets each technique go; beyond that tokens are decoded
+behind random rows. The fitted exponent k says that a figure grows as n^k, by least squares over the longer half. What
+the planner says of FLOPs and bytes stands beside what was measured.
 """
 
 import argparse
@@ -27,7 +28,7 @@ from benchmarks.reporting import Goal, Section, flops, mebibytes, median, second
 SHORTEST, LONGEST, QUICK_LONGEST = 1024, 1 << 20, 8192
 BUDGET, QUICK_BUDGET = 30.0, 4.0
 DECODED, SKIPPED = 18, 2
-# Goal 1 compares decoding at these two lengths: the techniques named here go on to the longer one whatever it takes.
+# Goal 1 compares decoding at these two lengths.
 NEAR, FAR = 4096, 131072
 FLATNESS = {"windows": 1.1, "hca": 1.5, "csa": 1.5}
 
@@ -70,6 +71,8 @@ TECHNIQUES: dict[str, tuple[Sequence[dict[str, Any]], dict[str, Any]]] = {
     "all together": ([NARROW, HCA, CSA, HCA | {"kv_source": 1}], HYPER | PER_LAYER),
 }
 
+QUICK_TECHNIQUES = ("plain", "windows", "csa", "all together")
+
 
 def config_of(technique: str) -> dict[str, Any]:
     layers, besides = TECHNIQUES[technique]
@@ -89,28 +92,27 @@ def lengths(longest: int) -> list[int]:
 
 
 def measure(technique: str, longest: int, budget: float, threads: int) -> dict[str, dict[str, float]]:
-    """Figures by context. Stops before a length that would exceed the budget, in seconds of prefill."""
+    """Figures by context. Without those of the prompt from the length on that would exceed the budget, in seconds."""
     with tempfile.TemporaryDirectory() as folder, workers([("fresh kvell", "default")], threads) as sides:
         path = Path(folder) / "config.json"
         path.write_text(json.dumps(config_of(technique)))
         worker = sides["fresh kvell", "default"]
         worker.call("load", folder=str(path))
         found: dict[str, dict[str, float]] = {}
-        spent, pieces = 0.0, [0.0]
+        spent, pieces, reading = 0.0, [0.0], True
         for length in lengths(longest):
             growth = min(max(pieces[-1] / pieces[-2], 2.0), 4.0) if len(pieces) > 3 else 4.0
-            needed = technique in FLATNESS and length <= min(FAR, longest)
-            if not needed and spent + pieces[-1] * growth > budget:
-                break
-            figures = worker.call("extend", tokens=length)
-            spent += figures["seconds"]
-            pieces.append(figures["seconds"])
-            found[str(length)] = {
-                "prefill": spent,
-                "decode": median(worker.call("decode", tokens=DECODED)[SKIPPED:]),
-                "peak_bytes": figures["peak_bytes"],
-                "cache_bytes": figures["cache_bytes"],
-            }
+            reading = reading and spent + pieces[-1] * growth <= budget
+            if reading:
+                figures = worker.call("extend", tokens=length)
+                spent += figures["seconds"]
+                pieces.append(figures["seconds"])
+                of_prompt = {"prefill": spent, "peak_bytes": figures["peak_bytes"]}
+            else:
+                of_prompt = {}
+                figures = worker.call("remember", tokens=length)
+            decoded = median(worker.call("decode", tokens=DECODED)[SKIPPED:])
+            found[str(length)] = of_prompt | {"decode": decoded, "cache_bytes": figures["cache_bytes"]}
         return found
 
 
@@ -142,7 +144,10 @@ def exponent(points: Sequence[tuple[float, float]]) -> float | None:
 def exponents(found: dict[str, dict[str, float]]) -> dict[str, float | None]:
     """Of every figure that was found."""
     whats = next(iter(found.values()), {})
-    return {what: exponent([(int(n), figures[what]) for n, figures in found.items()]) for what in whats}
+    return {
+        what: exponent([(int(n), figures[what]) for n, figures in found.items() if what in figures])
+        for what in whats
+    }
 
 
 def flatness_goals(results: dict[str, dict[str, dict[str, float]]]) -> list[Goal]:
@@ -175,10 +180,10 @@ def tables_of(
 
 
 def _table_of(what: str, write: Callable[[float], str], by_technique: dict[str, dict[str, dict[str, float]]]) -> str:
-    columns = sorted({int(n) for found in by_technique.values() for n in found})
+    columns = sorted({int(n) for found in by_technique.values() for n, figures in found.items() if what in figures})
     rows = []
     for technique, found in by_technique.items():
-        cells = [write(found[str(n)][what]) if str(n) in found else "" for n in columns]
+        cells = [write(found[str(n)][what]) if what in found.get(str(n), {}) else "" for n in columns]
         fitted = exponents(found)[what]
         rows.append([technique, *cells, "-" if fitted is None else f"{fitted:.2f}"])
     header = ["", *(f"{n // 1024}K" if n < 1 << 20 else "1M" for n in columns), "exponent"]
@@ -223,7 +228,7 @@ def run(techniques: Sequence[str], *, longest: int, budget: float, threads: int 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--techniques", nargs="+", choices=TECHNIQUES, default=list(TECHNIQUES))
+    parser.add_argument("--techniques", nargs="+", choices=TECHNIQUES)
     parser.add_argument("--longest", type=int)
     parser.add_argument("--budget", type=float, help="seconds of prefill a technique")
     parser.add_argument("--threads", type=int, default=2)
@@ -231,7 +236,7 @@ def main() -> None:
     parser.add_argument("--results", type=Path, default=Path("results"))
     options = parser.parse_args()
     section = run(
-        options.techniques,
+        options.techniques or (QUICK_TECHNIQUES if options.quick else list(TECHNIQUES)),
         longest=options.longest or (QUICK_LONGEST if options.quick else LONGEST),
         budget=options.budget or (QUICK_BUDGET if options.quick else BUDGET),
         threads=options.threads,

@@ -159,8 +159,15 @@ class FreshSide(KvellSide):
         torch.manual_seed(0)
         self.model = kvell.Decoder(kvell.ModelConfig.from_pretrained(folder), **options).eval()
 
-    def _prepare(self) -> None:
-        """It stays as it is: what a technique costs is to be seen."""
+    def remember(self, tokens: int) -> dict[str, int]:
+        """Stands behind so many tokens without having read them: what is remembered are random rows. What a further
+        token costs depends on how many there are, not on what they are."""
+        self.drop()
+        self._cache, self._length = self._make_cache(), tokens
+        for key, spec in self._cache.specs.items():
+            self._cache.append(0, key, torch.randn(spec.rows(tokens), spec.width), tokens)
+        self._cache.end_step([tokens])
+        return {"cache_bytes": self._nbytes(self._cache)}
 
 
 class TransformersSide(Side):

@@ -16,17 +16,14 @@ from torch import Tensor
 
 from kvell import ModelConfig, kernels
 from kvell.kernels import attention as in_torch
-from kvell.kernels import compressed
 from kvell.kernels.attention import attention, attention_reference
 from kvell.kernels.compressed import (
     compressed_attention,
     compressed_attention_reference,
-    index_scores,
     pick,
 )
 from kvell.kernels.cpp import attention as in_cpp
 from kvell.kernels.cpp import decode
-from kvell.kernels.top_k import top_k_of_seen
 
 FLOAT, BFLOAT = torch.float32, torch.bfloat16
 # Heads of this width, so many KV heads, and query heads for each: vectors of every length, more heads than registers.
@@ -228,67 +225,92 @@ def test_one_query_over_a_window_and_entries(
     assert not decode.takes_shared(torch.zeros(1, 65, 64, dtype=dtype), window, far, torch.zeros(65))
 
 
-def test_zeros_are_chosen_where_small_numbers_count_as_zero() -> None:
-    scores = torch.zeros(2, 3000)
-    scores[:, 5::100] = -1.0
+def chosen(scores: Tensor, visible: Sequence[int], k: int) -> list[list[int]]:
+    """The picks of as many queries of which all give the entries these very scores: relu(s) - relu(-s) is s."""
+    count = len(visible)
+    query, weights = torch.tensor([[1.0], [-1.0]]).expand(count, 2, 1), torch.tensor([1.0, -1.0]).expand(count, 2)
+    picks: list[list[int]] = pick(query, weights, scores[:, None], torch.tensor(visible), k).tolist()
+    return picks
+
+
+@pytest.mark.parametrize("count", [1, 2])
+def test_zeros_are_chosen_where_small_numbers_count_as_zero(count: int) -> None:
+    scores = torch.zeros(3000)
+    scores[5::100] = -1.0
     torch.set_flush_denormal(True)
     try:
-        picks = top_k_of_seen(scores, torch.tensor([3000, 3000]), 9)
+        picks = chosen(scores, [3000] * count, 9)
     finally:
         torch.set_flush_denormal(False)
-    assert picks.tolist() == [[0, 1, 2, 3, 4, 6, 7, 8, 9]] * 2
+    assert picks == [[0, 1, 2, 3, 4, 6, 7, 8, 9]] * count
 
 
 @pytest.mark.parametrize("kind", ["normal", "ties", "equal", "ascending", "descending", "infinite"])
-@pytest.mark.parametrize(
-    ("count", "length", "k"), [(1, 1, 1), (7, 100, 9), (3, 5000, 64), (40, 3000, 32), (5, 70, 69)]
-)
-def test_the_largest_scores_and_of_equal_ones_the_first(count: int, length: int, k: int, kind: str) -> None:
-    scores = torch.randn(count, length)
-    if kind == "ties":
-        scores = (2 * scores).round()
-    elif kind == "equal":
-        scores = torch.zeros_like(scores)
-    elif kind == "infinite":
-        scores[scores < 0] = float("-inf")
-        scores[scores > 1] = float("inf")
-    elif kind != "normal":
-        scores = scores.sort(1, descending=kind == "descending").values
-    seen = torch.randint(0, length + 1, (count,))
-    seen[0] = length
-    picks = top_k_of_seen(scores, seen, k)
-    for row, among, own in zip(scores, seen.tolist(), picks, strict=True):
-        best = row[:among].sort(descending=True, stable=True).indices[:k].sort().values
-        assert own.tolist() == best.tolist() + [-1] * (k - len(best))
+@pytest.mark.parametrize(("length", "k"), [(1, 1), (100, 9), (5000, 64), (3000, 32), (70, 69)])
+def test_the_largest_scores_are_chosen_and_of_equal_ones_the_first(length: int, k: int, kind: str) -> None:
+    for visible in ([length], [length // 2], [0], [length, 0, length // 3, length - 1] + [length] * 40):
+        scores = torch.randn(length)
+        if kind == "ties":
+            scores = (2 * scores).round()
+        elif kind == "equal":
+            scores = torch.zeros_like(scores)
+        elif kind == "infinite":
+            scores[scores < 0] = float("-inf")
+            scores[scores > 1] = float("inf")
+        elif kind != "normal":
+            scores = scores.sort(descending=kind == "descending").values
+        for among, own in zip(visible, chosen(scores, visible, k), strict=True):
+            best = scores[:among].sort(descending=True, stable=True).indices[:k].sort().values
+            assert own == best.tolist() + [-1] * (k - len(best))
 
 
-@pytest.mark.parametrize(("heads", "width"), [(8, 32), (3, 10), (64, 16)])
-@pytest.mark.parametrize(("count", "length"), [(2, 1), (40, 33), (33, 700)])
-@torch.no_grad()
-def test_the_indexers_scores(
-    heads: int, width: int, count: int, length: int, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    asked, ask = [], compressed._index_operator
-    monkeypatch.setattr(compressed, "_index_operator", lambda *shape: asked.append(shape) or ask(*shape))
-    query, weights, keys = torch.randn(count, heads, width), torch.randn(count, heads), torch.randn(length, width)
-    scores = index_scores(query, weights, keys)
-    wanted = (weights.double()[:, None] @ (query.double() @ keys.double().T).relu()).squeeze(1)
-    torch.testing.assert_close(scores, wanted.float(), atol=1e-4, rtol=1e-4)
-    keys[-1, 0] = float("nan")
-    last = torch.arange(length) == length - 1
-    assert torch.equal(index_scores(query, weights, keys).isnan(), last.expand(count, -1))
-    assert asked == [(heads, width)] * 2
+def test_what_is_not_a_number_is_chosen_last() -> None:
+    scores = torch.tensor([float("nan"), -5.0, float("nan"), 2.0])
+    for count in (1, 3):
+        assert chosen(scores, [4] * count, 2) == [[1, 3]] * count
 
 
 @pytest.mark.parametrize("dtype", [FLOAT, BFLOAT])
-@pytest.mark.parametrize("count", [1, 50])
-@torch.no_grad()
-def test_picks(count: int, dtype: torch.dtype) -> None:
-    query, weights, keys = torch.randn(count, 4, 8).to(dtype), torch.randn(count, 4), torch.randn(60, 8).to(dtype)
-    visible = torch.randint(1, 61, (count,))
+@pytest.mark.parametrize(("heads", "width"), [(4, 8), (3, 10), (64, 16), (8, 32), (1, 5), (128, 2)])
+@pytest.mark.parametrize(("count", "length"), [(1, 5000), (1, 60), (50, 60), (2, 1500), (700, 9000)])
+def test_picks(count: int, length: int, heads: int, width: int, dtype: torch.dtype) -> None:
+    """Those of the reference, but where two scores are so near that either may be the larger one. More queries, and
+    entries, than are worked on at once."""
+    query, keys = torch.randn(count, heads, width).to(dtype), torch.randn(length, width).to(dtype)
+    weights, visible = torch.randn(count, heads), torch.randint(1, length + 1, (count,))
+    picks = pick(query.requires_grad_(), weights, keys, visible, 7)
+    assert picks.shape == (count, 7)
+    scores = (weights.double()[:, None] @ (query.detach().double() @ keys.double().T).relu()).squeeze(1)
+    scores[torch.arange(length) >= visible[:, None]] = float("-inf")
+    best = scores.topk(8).values
+    for own, row, nearest, among in zip(picks, scores, best, visible.tolist(), strict=True):
+        there = own[own >= 0]
+        assert len(there) == min(among, 7)
+        assert there.tolist() == sorted(set(there.tolist()))
+        torch.testing.assert_close(
+            row[there].sort(descending=True).values, nearest[: len(there)], atol=1e-4, rtol=1e-4
+        )
+
+
+def test_keys_that_the_kernel_cannot_read_are_torchs() -> None:
+    query, keys = torch.randn(3, 4, 8, dtype=torch.float64), torch.randn(60, 8, dtype=torch.float64)
+    weights, visible = torch.randn(3, 4), torch.tensor([60, 9, 2])
     picks = pick(query, weights, keys, visible, 7)
     with kernels.use("reference"):
         assert torch.equal(picks, pick(query, weights, keys, visible, 7))
+
+
+@pytest.mark.parametrize("threads", [1, 2, 3])
+def test_picks_of_one_query_by_any_number_of_threads(threads: int) -> None:
+    query, weights, keys = torch.randn(1, 4, 32), torch.rand(1, 4), torch.randn(20_000, 32)
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        picks = pick(query, weights, keys, torch.tensor([19_999]), 64)
+    finally:
+        torch.set_num_threads(before)
+    with kernels.use("reference"):
+        assert torch.equal(picks, pick(query, weights, keys, torch.tensor([19_999]), 64))
 
 
 @settings(

@@ -15,7 +15,6 @@ n queries of one sequence, S rows, E entries, H heads, D width, P picks.
 """
 
 from collections.abc import Iterator
-from typing import Any
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -28,8 +27,6 @@ from kvell.kernels.top_k import top_k_of_seen
 # Scores of a block of queries are at most about so many numbers: large enough to keep matrix products efficient.
 BLOCK_NUMBERS = 1 << 22
 MAX_BLOCK = 128
-# Beyond so many entries laying them out by channels is not worth it for a single query.
-MANY_FOR_ONE = 2048
 # Gathering a query's own entries costs more per entry than multiplying with all of them and masking most.
 GATHER_FROM = 4
 # Queries whose windows are cut out together: the fewer, the less of what is cut out is masked again.
@@ -294,38 +291,23 @@ def index_scores(
     query: Float[Tensor, "n H D"], weights: Float[Tensor, "n H"], keys: Float[Tensor, "E D"]
 ) -> Float[Tensor, "n E"]:
     """The indexer's score of every entry for every query, fp32."""
-    one = query.shape[0] == 1
-    if _scored_in_cpp(query) and not (one and keys.shape[0] > MANY_FOR_ONE):
-        run = _index_operator(*query.shape[1:])
-        scores: Tensor = run(*(given.float().contiguous() for given in (query, weights, keys)))
-        return scores
-    if one:
+    if query.shape[0] == 1:
         return weights.float() @ (query[0].float() @ keys.float().T).relu_()
     relevant = (query.float() @ keys.float().T).relu_()
     return (weights.float()[:, None] @ relevant).squeeze(1)
 
 
-def _scored_in_cpp(query: Tensor) -> bool:
-    """Whether scores are made in C++, where the products of single heads are nowhere kept."""
-    return cpp_wanted(query) and not torch.is_grad_enabled()
-
-
-def _index_operator(heads: int, width: int) -> Any:
-    from kvell.kernels.cpp import operator
-
-    return operator("index", HEADS=heads, WIDTH=width)
-
-
 def compile_in_cpp(dtype: torch.dtype, heads: int, width: int, index: tuple[int, int] | None) -> None:
     """The kernels in C++ of attention with so many heads, and of an indexer's. InputError where they cannot be."""
-    from kvell.kernels.cpp import operator
     from kvell.kernels.cpp.decode import ELEMENTS, decode_operator, few
+    from kvell.kernels.cpp.pick import pick_operator
 
-    if dtype in ELEMENTS and few(heads, width):
+    if dtype not in ELEMENTS:
+        return
+    if few(heads, width):
         decode_operator(dtype, width, heads)
     if index is not None:
-        _index_operator(*index)
-        operator("top_k")
+        pick_operator(dtype, *index)
 
 
 def pick(
@@ -343,8 +325,11 @@ def pick(
         from kvell.kernels.triton.index import pick as in_triton
 
         return in_triton(query, weights, keys, visible, top_k)
-    fast = pick_for_one if query.shape[0] == 1 else pick_blocked
-    run = pick_reference if reference_wanted() else fast
+    run = pick_reference if reference_wanted() else pick_for_one if query.shape[0] == 1 else pick_blocked
+    if cpp_wanted(query):
+        from kvell.kernels.cpp import pick as in_cpp
+
+        run = in_cpp.pick if in_cpp.takes(keys) else run
     return run(query, weights, keys, visible, top_k)
 
 
@@ -387,8 +372,7 @@ def pick_blocked(
 ) -> Int[Tensor, "n P"]:
     """Blocks of queries, each against the entries that any of the block's queries sees."""
     picks = query.new_full((len(query), min(top_k, len(keys))), -1, dtype=torch.long)
-    heads, most_rows = (1, 4 * MAX_BLOCK) if _scored_in_cpp(query) else (query.shape[1], MAX_BLOCK)
-    size = min(max(BLOCK_NUMBERS // (heads * max(len(keys), 1)), 1), most_rows)
+    size = min(max(BLOCK_NUMBERS // (query.shape[1] * max(len(keys), 1)), 1), MAX_BLOCK)
     for start in range(0, len(query), size):
         block = slice(start, min(start + size, len(query)))
         seen = visible[block]

@@ -5,8 +5,6 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from kvell.kernels.choice import cpp_wanted
-
 
 def top_k_lowest_first(scores: Float[Tensor, "*shape N"], k: int) -> Int[Tensor, "*shape k"]:
     """Indices of the k largest scores, largest first; of equal scores the lowest index first."""
@@ -33,13 +31,6 @@ def top_k_ascending(scores: Float[Tensor, "R N"], k: int) -> Int[Tensor, "R k"]:
 def top_k_of_seen(scores: Float[Tensor, "R N"], seen: Int[Tensor, " R"] | None, k: int) -> Int[Tensor, "R k"]:
     """The same choice among the first `seen` scores of each row, None for all of them, then -1 where those are fewer;
     the scores are not needed any more."""
-    if cpp_wanted(scores):
-        from kvell.kernels.cpp import operator
-
-        all_of_them = scores.shape[1]
-        counts = torch.full(scores.shape[:1], all_of_them, device="cpu") if seen is None else seen
-        picks: Tensor = operator("top_k")(scores.float().contiguous(), counts.long().clamp(max=all_of_them), k)
-        return picks
     if seen is None:
         return top_k_ascending(scores, k)
     # What all of the rows see needs no mask.

@@ -18,6 +18,8 @@ constexpr int WIDEST = 4, REGISTERS = 16;
 #endif
 
 template <int lanes> struct Floats { typedef float type __attribute__((vector_size(4 * lanes))); };
+template <int lanes> struct Words { typedef int32_t type __attribute__((vector_size(4 * lanes))); };
+template <int lanes> struct Halves { typedef uint16_t type __attribute__((vector_size(2 * lanes))); };
 
 // Of two vectors, or numbers, the larger one's; a's where b's is not a number.
 template <class Number> inline Number larger_of(Number a, Number b) { return a < b ? b : a; }
@@ -42,7 +44,7 @@ template <int lanes> inline float maximum(typename Floats<lanes>::type vector) {
 // 2^x for x <= 0, to within 3e-7 of it, and 0 below 2^-127.
 template <int lanes> inline typename Floats<lanes>::type power_of_two(typename Floats<lanes>::type x) {
     using Vector = typename Floats<lanes>::type;
-    typedef int32_t Words __attribute__((vector_size(4 * lanes)));
+    using Numbers = typename Words<lanes>::type;
     const Vector least = Vector{} - 127.f, shift = Vector{} + 12582912.f;  // 1.5 * 2^23: added to x, it rounds it
     const Vector number = x - x;  // zero, unless x is none
     x = x < least ? least : x;
@@ -51,7 +53,7 @@ template <int lanes> inline typename Floats<lanes>::type power_of_two(typename F
     Vector power = Vector{} + 1.3264726e-3f;
     for (const float term : {9.6715138e-3f, 5.5507338e-2f, 2.4022242e-1f, 6.9314698e-1f, 1.f})
         power = power * part + term;
-    return (Vector)((Words)power + ((Words)whole << 23)) + number;
+    return (Vector)((Numbers)power + ((Numbers)whole << 23)) + number;
 }
 
 inline float widened(float number) { return number; }
@@ -79,6 +81,15 @@ template <int lanes = WIDEST> inline typename Floats<lanes>::type load(const flo
     typename Floats<lanes>::type vector;
     std::memcpy(&vector, from, sizeof vector);
     return vector;
+}
+
+// The same, widened from whatever they are kept as.
+template <int lanes> inline typename Floats<lanes>::type loaded(const float* from) { return load<lanes>(from); }
+template <int lanes> inline typename Floats<lanes>::type loaded(const uint16_t* from) {
+    typename Halves<lanes>::type halves;
+    std::memcpy(&halves, from, sizeof halves);
+    const auto words = __builtin_convertvector(halves, typename Words<lanes>::type);
+    return (typename Floats<lanes>::type)(words << 16);
 }
 
 constexpr int largest_divisor(int number, int most) {

@@ -34,15 +34,6 @@ constexpr int64_t SLICES = 4;
 constexpr int HEADS = largest_divisor(GROUP, REGISTERS / 2);
 constexpr int TILE = largest_divisor(VECTORS, REGISTERS / GROUP);
 
-inline Vector loaded(const float* from) { return load<LANES>(from); }
-inline Vector loaded(const uint16_t* from) {
-    typedef uint16_t Halves __attribute__((vector_size(2 * LANES)));
-    typedef uint32_t Words __attribute__((vector_size(4 * LANES)));
-    Halves halves;
-    std::memcpy(&halves, from, sizeof halves);
-    return (Vector)(__builtin_convertvector(halves, Words) << 16);
-}
-
 // One head's rows: where the first begins, and how many elements further the next one does.
 struct Rows {
     const Element* first;
@@ -62,8 +53,9 @@ inline void score(const float* query, Rows keys, Rows next, int count, float sca
         for (int first = 0; first < GROUP; first += HEADS) {
             Vector products[HEADS] = {};
             for (int v = 0; v < VECTORS; ++v) {
-                const Vector part = loaded(key + v * LANES);
-                for (int g = 0; g < HEADS; ++g) products[g] += part * loaded(query + (first + g) * WIDTH + v * LANES);
+                const Vector part = loaded<LANES>(key + v * LANES);
+                const float* own = query + first * WIDTH + v * LANES;
+                for (int g = 0; g < HEADS; ++g) products[g] += part * load<LANES>(own + g * WIDTH);
             }
             for (int g = 0; g < HEADS; ++g) scores[first + g][i] = sum<LANES>(products[g]) * scale;
         }
@@ -96,11 +88,12 @@ inline void gather(
     for (int first = 0; first < VECTORS; first += TILE) {
         Vector sums[GROUP][TILE];
         for (int g = 0; g < GROUP; ++g)
-            for (int v = 0; v < TILE; ++v) sums[g][v] = loaded(joint + g * WIDTH + (first + v) * LANES) * fades[g];
+            for (int v = 0; v < TILE; ++v)
+                sums[g][v] = load<LANES>(joint + g * WIDTH + (first + v) * LANES) * fades[g];
         for (int i = 0; i < count; ++i) {
             next.fetch(i, first * LANES, TILE * LANES);
             for (int v = 0; v < TILE; ++v) {
-                const Vector part = loaded(values[i] + (first + v) * LANES);
+                const Vector part = loaded<LANES>(values[i] + (first + v) * LANES);
                 for (int g = 0; g < GROUP; ++g) sums[g][v] += part * weights[g][i];
             }
         }
