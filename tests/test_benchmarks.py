@@ -198,8 +198,13 @@ def test_decoding_that_grows_misses_its_flatness_goal() -> None:
     def at(near: float, far: float) -> Any:
         return {str(growth.NEAR): {"decode": near}, str(growth.FAR): {"decode": far}}
 
-    goals = growth.flatness_goals({"windows": at(1.0, 1.0), "hca": at(1.0, 1.6)})
+    def reads(near: float, far: float) -> Any:
+        return {str(growth.NEAR): {"read_bytes": near}, str(growth.FAR): {"read_bytes": far}}
+
+    measured = {"windows": at(1.0, 1.0), "hca": at(1.0, 1.6)}
+    goals = growth.flatness_goals(measured, {"windows": reads(9.0, 9.0), "hca": reads(2.0, 3.0)})
     assert [goal.met for goal in goals] == [True, False, None]
+    assert "the bytes it reads grow 1.50 x" in goals[1].line()
 
 
 def test_a_token_of_e2b_reads_4_56_gigabytes_and_a_prompt_needs_less_than_half_of_the_model() -> None:

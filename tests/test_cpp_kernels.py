@@ -80,6 +80,10 @@ def test_one_query_each_by_any_number_of_threads(threads: int) -> None:
     assert_near(y, expected(query, keys, values, [1, 1, 1], scale=0.3))
 
 
+def place(own: Tensor) -> decode.Place:
+    return own.data_ptr(), own.stride(0), len(own)
+
+
 def test_the_newest_rows_are_written_where_they_belong() -> None:
     """To the places left for them, to those where they are kept besides, and nowhere else."""
     query, key, value = rows(2, 4, 8), rows(2, 2, 8), rows(2, 2, 8)
@@ -91,8 +95,8 @@ def test_the_newest_rows_are_written_where_they_belong() -> None:
     kept = torch.full((3, 16), 7.0)
     keys, values = held
     entries = [
-        decode.entry(keys[0], values[0], None, kept[:1], None),
-        decode.entry(keys[1], values[1], 2, None, kept[1:2]),
+        decode.entry(place(keys[0]), place(values[0]), 4, None, kept_key=kept[:1].data_ptr()),
+        decode.entry(place(keys[1]), place(values[1]), 4, 2, kept_value=kept[1:2].data_ptr()),
     ]
     y = decode.decode_operator(FLOAT, 8, 2)(query, key, value, torch.tensor(entries), 0.3)
     for new, every, old in zip((key, value), held, before, strict=True):
@@ -271,13 +275,14 @@ def test_what_is_not_a_number_is_chosen_last() -> None:
 
 
 @pytest.mark.parametrize("dtype", [FLOAT, BFLOAT])
-@pytest.mark.parametrize(("heads", "width"), [(4, 8), (3, 10), (64, 16), (8, 32), (1, 5), (128, 2)])
-@pytest.mark.parametrize(("count", "length"), [(1, 5000), (1, 60), (50, 60), (2, 1500), (700, 9000)])
+@pytest.mark.parametrize(("heads", "width"), [(4, 8), (3, 10), (64, 16), (8, 32), (1, 5), (17, 2)])
+@pytest.mark.parametrize(("count", "length"), [(1, 5000), (1, 60), (1, 1025), (50, 60), (2, 1025), (700, 9000)])
 def test_picks(count: int, length: int, heads: int, width: int, dtype: torch.dtype) -> None:
     """Those of the reference, but where two scores are so near that either may be the larger one. More queries, and
     entries, than are worked on at once."""
     query, keys = torch.randn(count, heads, width).to(dtype), torch.randn(length, width).to(dtype)
     weights, visible = torch.randn(count, heads), torch.randint(1, length + 1, (count,))
+    visible[0], keys[-1] = length, 9 * keys[-1]  # whose last entry is often among the best
     picks = pick(query.requires_grad_(), weights, keys, visible, 7)
     assert picks.shape == (count, 7)
     scores = (weights.double()[:, None] @ (query.detach().double() @ keys.double().T).relu()).squeeze(1)

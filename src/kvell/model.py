@@ -136,7 +136,7 @@ class Decoder(nn.Module):
                 logits, streams = self._step(step, last_only, return_streams)
             else:
                 logits, streams = self._steps(tokens.flatten(), lengths, cache, last_only, return_streams)
-        logits = logits.unflatten(0, (tokens.shape[0], -1))
+        logits = logits.view(tokens.shape[0], -1, logits.shape[1])
         return (logits, streams.unflatten(0, (tokens.shape[0], -1))) if streams is not None else logits
 
     def draft(

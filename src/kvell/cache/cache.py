@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from kvell.cache.stream import Stream, StreamSpec
+from kvell.cache.stream import Extended, Stream, StreamSpec
 from kvell.errors import CacheError, whole_number
 
 if TYPE_CHECKING:
@@ -204,7 +204,7 @@ class Cache:
         rewindable = min(self.max_rewind, sequence.rewindable + count)
         return stream.append(rows, stream.spec.rows(sequence.length + count, rewindable))
 
-    def extend(self, number: int, key: StreamKey, count: int) -> tuple[Tensor, Tensor | None]:
+    def extend(self, number: int, key: StreamKey, count: int) -> Extended:
         """The same for a stream of one row per token, before the rows are there: see Stream.extend."""
         self.begin_step()
         sequence = self.sequences[number]

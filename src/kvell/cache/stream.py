@@ -13,6 +13,8 @@ from torch import Tensor
 
 # A buffer grows by whole blocks of rows.
 BLOCK_ROWS = 64
+# Rows [first, last) of a buffer, and where those of them that are kept must be written as well, if that is elsewhere.
+Extended = tuple[Tensor, int, int, Tensor | None]
 
 
 @dataclass(frozen=True)
@@ -98,15 +100,15 @@ class Stream:
         if not added and keep == self.count:
             return self.held
         before = self.count
-        visible, kept = self.extend(added, keep)
+        buffer, first, last, kept = self.extend(added, keep)
+        visible = buffer[first:last]
         visible[before:] = rows
         if kept is not None:
             kept.copy_(rows[added - kept.shape[0] :])
         return visible
 
-    def extend(self, added: int, keep: int) -> tuple[Tensor, Tensor | None]:
-        """The same for rows yet to be written: what `append` returns, of which they are the last, and where those of
-        them that are kept must be written as well, if that is elsewhere."""
+    def extend(self, added: int, keep: int) -> Extended:
+        """The same for rows yet to be written: where all that are visible lie, of which they are the last."""
         visible, room = self.count + added, self.buffer.shape[0]
         if self.buffer.is_inference() and not torch.is_inference_mode_enabled():
             self._move(self.held, room)  # torch forbids to write on where inference_mode has ended
@@ -115,12 +117,12 @@ class Stream:
             if visible > capacity:
                 return self._extend_beside(visible, keep, capacity)
             self._move(self.held, capacity)
-        joined = self.buffer[self.start : self.start + visible]
+        first = self.start
         self.start += visible - keep
         self.count = keep
-        return joined, None
+        return self.buffer, first, first + visible, None
 
-    def _extend_beside(self, visible: int, keep: int, capacity: int) -> tuple[Tensor, Tensor | None]:
+    def _extend_beside(self, visible: int, keep: int, capacity: int) -> Extended:
         """Where the buffer has no room for all that is visible, that lies beside it for this step."""
         held, old = self.count, max(keep - (visible - self.count), 0)
         joined = self.buffer.new_empty(visible, self.spec.width)
@@ -131,7 +133,7 @@ class Stream:
         else:
             self._move(joined[held - old : held], capacity)
         self.count = keep
-        return joined, self.buffer[old:keep]
+        return joined, 0, visible, self.buffer[old:keep]
 
     def reserve(self, rows: int) -> None:
         """Grows at once to the buffer that `rows` rows will get, so that they are not moved on the way there."""

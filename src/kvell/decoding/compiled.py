@@ -90,10 +90,11 @@ class _TracedStep(OneTokenStep):
         # The kernel writes rows as they are: into streams of their own dtype, which is the model's.
         alike = first.dtype in ELEMENTS and all(x is None or x.dtype is self.dtype for x in tensors)
         if isinstance(part, KeyValueAttention) and alike:
+            rows = self.rows[len(attentions)]
             attentions.append(part)
             given = (None if x is None else x.contiguous() for x in tensors)
             run = decode_operator(first.dtype, first.shape[2], first.shape[1] // part.kv_heads)
-            result = run(*given, self.rows[part.layer], part.scale)
+            result = run(*given, rows, part.scale)
         else:
             parts.append(part)
             result = torch.ops.kvell.apart(list(tensors), len(parts) - 1, shape)

@@ -2,6 +2,7 @@
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
+from operator import getitem, is_not
 from typing import TYPE_CHECKING
 
 from torch import Tensor, nn
@@ -44,17 +45,19 @@ class Weights:
     """All of a model's weights, and whether they still lie where they lay."""
 
     def __init__(self, model: nn.Module) -> None:
-        self._places: list[tuple[dict[str, Tensor | None], str, Tensor, int]] = []
-        for module in model.modules():
-            for slots in (module._parameters, module._buffers):
-                for name, tensor in slots.items():
-                    if tensor is not None:
-                        self._places.append((slots, name, tensor, tensor.data_ptr()))  # type: ignore[arg-type]
+        places = [
+            (slots, name, tensor)
+            for module in model.modules()
+            for slots in (module._parameters, module._buffers)
+            for name, tensor in slots.items()
+            if tensor is not None
+        ]
+        self._slots, self._names, self._tensors = zip(*places, strict=True)
+        self._addresses = [tensor.data_ptr() for tensor in self._tensors]
 
     def have_moved(self) -> bool:
         """Whether any was replaced, or its memory was. They are held: what was theirs is nobody else's."""
-        # Before every token: a loop is faster than any().
-        for slots, name, tensor, address in self._places:
-            if slots[name] is not tensor or tensor.data_ptr() != address:
-                return True
-        return False
+        # Before every token, so without a step of Python for each.
+        if any(map(is_not, map(getitem, self._slots, self._names), self._tensors)):
+            return True
+        return list(map(Tensor.data_ptr, self._tensors)) != self._addresses

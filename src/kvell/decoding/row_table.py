@@ -12,16 +12,14 @@ import torch
 from jaxtyping import Int
 from torch import Tensor
 
-from kvell.kernels.cpp.decode import FIELDS, entry
+from kvell.cache.stream import Extended
+from kvell.kernels.cpp.decode import FIELDS, Place, entry
 from kvell.layers.key_values import KeyValueAttention
 from kvell.step import Step
 
-# Of one sequence and stream: its rows, of which the newest is yet to be written, and where else that is kept, if so.
-Extended = tuple[Tensor, Tensor | None]
-
 
 def empty_table(num_layers: int, batch_size: int) -> Int[Tensor, "L B fields"]:
-    """An entry for each layer and sequence; those of layers without keys and values stay empty."""
+    """Entries for each layer with keys and values, in their order, and sequence; those behind them stay empty."""
     return torch.zeros(num_layers, batch_size, FIELDS, dtype=torch.int64, device="cpu")
 
 
@@ -32,17 +30,27 @@ def row_table(
     here on."""
     cache, sequences = step.cache, range(len(step.counts))
     assert cache is not None
-    numbers = array("q", bytes(8 * num_layers * len(sequences) * FIELDS))
+    numbers = array("q")
     made: dict[int, list[tuple[Extended, Extended]]] = {}
+    itemsize = cache.dtype.itemsize
     for attend in attentions:
         layer, source = attend.layer, attend.source
         if source is None:
             key, value = (layer, "key"), (layer, "value")
             made[layer] = [(cache.extend(index, key, 1), cache.extend(index, value, 1)) for index in sequences]
-        at = layer * len(sequences) * FIELDS
-        for (keys, kept_key), (values, kept_value) in made[layer if source is None else source]:
-            kept = (kept_key, kept_value) if source is None else (None, None)
-            numbers[at : at + FIELDS] = array("q", entry(keys, values, attend.window, *kept))
-            at += FIELDS
+        for keys, values in made[layer if source is None else source]:
+            kept = (_address(keys[3]), _address(values[3])) if source is None else (0, 0)
+            numbers.extend(entry(_place(keys), _place(values), itemsize, attend.window, *kept))
+    numbers.frombytes(bytes(8 * (num_layers - len(attentions)) * len(sequences) * FIELDS))
     table = torch.frombuffer(numbers, dtype=torch.int64)
     return table.view(num_layers, len(sequences), FIELDS), made
+
+
+def _place(extended: Extended) -> Place:
+    buffer, first, last, _ = extended
+    width = buffer.shape[1]
+    return buffer.data_ptr() + first * width * buffer.itemsize, width, last - first
+
+
+def _address(rows: Tensor | None) -> int:
+    return 0 if rows is None else rows.data_ptr()

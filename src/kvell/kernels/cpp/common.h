@@ -18,6 +18,7 @@ constexpr int WIDEST = 4, REGISTERS = 16;
 #endif
 
 template <int lanes> struct Floats { typedef float type __attribute__((vector_size(4 * lanes))); };
+template <> struct Floats<1> { typedef float type; };
 template <int lanes> struct Words { typedef int32_t type __attribute__((vector_size(4 * lanes))); };
 template <int lanes> struct Halves { typedef uint16_t type __attribute__((vector_size(2 * lanes))); };
 
@@ -27,7 +28,7 @@ template <class Number> inline Number larger_of(Number a, Number b) { return a <
 // All of a vector's numbers as one, by the sum or the maximum of its halves.
 template <int lanes, class Join> inline float joined(typename Floats<lanes>::type vector, Join join) {
     if constexpr (lanes == 1) {
-        return vector[0];
+        return vector;
     } else {
         typename Floats<lanes / 2>::type halves[2];
         std::memcpy(halves, &vector, sizeof vector);
@@ -86,10 +87,14 @@ template <int lanes = WIDEST> inline typename Floats<lanes>::type load(const flo
 // The same, widened from whatever they are kept as.
 template <int lanes> inline typename Floats<lanes>::type loaded(const float* from) { return load<lanes>(from); }
 template <int lanes> inline typename Floats<lanes>::type loaded(const uint16_t* from) {
-    typename Halves<lanes>::type halves;
-    std::memcpy(&halves, from, sizeof halves);
-    const auto words = __builtin_convertvector(halves, typename Words<lanes>::type);
-    return (typename Floats<lanes>::type)(words << 16);
+    if constexpr (lanes == 1) {
+        return widened(*from);
+    } else {
+        typename Halves<lanes>::type halves;
+        std::memcpy(&halves, from, sizeof halves);
+        const auto words = __builtin_convertvector(halves, typename Words<lanes>::type);
+        return (typename Floats<lanes>::type)(words << 16);
+    }
 }
 
 constexpr int largest_divisor(int number, int most) {

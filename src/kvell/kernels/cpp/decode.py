@@ -19,6 +19,8 @@ FEW_NUMBERS = 4096  # of all of a query's heads
 ELEMENTS = {torch.float32: "float", torch.bfloat16: "uint16_t"}
 FIELDS = 7  # of a table's entry
 Entry = tuple[int, int, int, int, int, int, int]
+# Where rows lie: the first one's address, how many elements further the next one does, and how many there are.
+Place = tuple[int, int, int]
 
 
 def readable(*tensors: Tensor) -> bool:
@@ -45,7 +47,8 @@ def ragged_decode(
     """Each sequence's one query over its own keys[b] and values[b], or the last `window` rows of them."""
     kv_heads = keys[0].shape[1]
     rows = [[side_by_side(own) for own in every] for every in (keys, values)]
-    entries = [entry(key, value, window) for key, value in zip(*rows, strict=True)]
+    places = [[(own.data_ptr(), own.stride(0), own.shape[0]) for own in every] for every in rows]
+    entries = [entry(key, value, query.itemsize, window) for key, value in zip(*places, strict=True)]
     run = decode_operator(query.dtype, query.shape[2], query.shape[1] // kv_heads)
     output: Tensor = run(query.contiguous(), None, None, torch.tensor(entries, device="cpu"), scale)
     return output
@@ -87,24 +90,21 @@ def side_by_side(rows: Float[Tensor, "S K D"]) -> Float[Tensor, "S K D"]:
 
 
 def entry(
-    keys: Float[Tensor, "S *row"],
-    values: Float[Tensor, "S *row"],
-    window: int | None,
-    kept_key: Float[Tensor, "1 *row"] | None = None,
-    kept_value: Float[Tensor, "1 *row"] | None = None,
+    keys: Place, values: Place, itemsize: int, window: int | None, kept_key: int = 0, kept_value: int = 0
 ) -> Entry:
-    """Where a sequence's rows lie, or the last `window` of them, and where else its newest ones are kept."""
-    held, itemsize = keys.shape[0], keys.itemsize
+    """A sequence's rows, or the last `window` of them, and the addresses where else its newest ones are kept."""
+    key, key_stride, held = keys
+    value, value_stride, _ = values
     rows = held if window is None else min(window, held)
-    key_stride, value_stride, skipped = keys.stride(0), values.stride(0), (held - rows) * itemsize
+    skipped = (held - rows) * itemsize
     return (
-        keys.data_ptr() + skipped * key_stride,
-        values.data_ptr() + skipped * value_stride,
+        key + skipped * key_stride,
+        value + skipped * value_stride,
         key_stride,
         value_stride,
         rows,
-        0 if kept_key is None else kept_key.data_ptr(),
-        0 if kept_value is None else kept_value.data_ptr(),
+        kept_key,
+        kept_value,
     )
 
 
