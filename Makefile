@@ -9,8 +9,9 @@ INSTALLED = $(VENV)/.installed
 demo: $(INSTALLED)
 	$(BIN)/python examples/passkey.py
 
+# A file's tests stay in one process: what they compile is compiled once.
 test: check
-	$(BIN)/python -m pytest --numprocesses auto --maxprocesses 4 --dist loadfile
+	$(BIN)/python -m pytest --numprocesses logical --maxprocesses 4 --dist loadfile
 
 # Measures Kvell beside transformers and against the machine; QUICK=1 takes under five minutes, without it under forty.
 bench: $(INSTALLED)

@@ -26,7 +26,7 @@ from benchmarks import machine
 from benchmarks.checkpoints import write_small
 from benchmarks.growth import config_of
 from benchmarks.reporting import Goal, Section, mebibytes, seconds, table, write_results
-from benchmarks.sides import sequence
+from benchmarks.sides import filled_cache, sequence
 from kvell import kernels
 from kvell.kernels import choice
 
@@ -165,17 +165,6 @@ def decoded(model: kvell.Decoder, kept: kvell.Cache, token: Tensor) -> Figures:
 def measure_decoding(model: kvell.Decoder, length: int) -> Figures:
     kept, ids = filled_cache(model, length), sequence(0, 1, model.config.vocab_size).cuda()
     return decoded(model, kept, ids)
-
-
-def filled_cache(model: kvell.Decoder, length: int) -> kvell.Cache:
-    """A cache as `length` tokens leave it, but for its rows, which are random: a decoded token takes as long."""
-    kept = model.make_cache()
-    (one,) = kept.sequences
-    for stream in one.streams.values():
-        rows = torch.randn(stream.spec.rows(length), stream.spec.width, device=stream.buffer.device)
-        stream.fill(rows.to(stream.buffer.dtype))
-    one.length = length
-    return kept
 
 
 @torch.inference_mode()

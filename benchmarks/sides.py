@@ -8,12 +8,15 @@ from functools import cache
 from itertools import pairwise
 from pathlib import Path
 from time import perf_counter
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
 from benchmarks.memory import forget_peak, peak_resident_bytes, resident_bytes
+
+if TYPE_CHECKING:
+    from kvell import Cache, Decoder
 
 LONGEST = 1 << 21
 # What one worker compiled the next one finds.
@@ -29,6 +32,17 @@ def _ids(vocabulary: int) -> Tensor:
 def sequence(start: int, stop: int, vocabulary: int) -> Tensor:
     """(1, stop - start): random tokens; never token 0, whose embedding some models do not train."""
     return _ids(vocabulary)[None, start:stop].clone()
+
+
+def filled_cache(model: "Decoder", length: int) -> "Cache":
+    """A cache as `length` tokens leave it, but for its rows, which are random: a decoded token takes as long."""
+    kept = model.make_cache()
+    (one,) = kept.sequences
+    for stream in one.streams.values():
+        rows = torch.randn(stream.spec.rows(length), stream.spec.width, device=stream.buffer.device)
+        stream.fill(rows.to(stream.buffer.dtype))
+    one.length = length
+    return kept
 
 
 class Side(ABC):
@@ -160,13 +174,9 @@ class FreshSide(KvellSide):
         self.model = kvell.Decoder(kvell.ModelConfig.from_pretrained(folder), **options).eval()
 
     def remember(self, tokens: int) -> dict[str, int]:
-        """Stands behind so many tokens without having read them: what is remembered are random rows. What a further
-        token costs depends on how many there are, not on what they are."""
+        """Stands behind so many tokens without having read them."""
         self.drop()
-        self._cache, self._length = self._make_cache(), tokens
-        for key, spec in self._cache.specs.items():
-            self._cache.append(0, key, torch.randn(spec.rows(tokens), spec.width), tokens)
-        self._cache.end_step([tokens])
+        self._cache, self._length = filled_cache(self.model, tokens), tokens
         return {"cache_bytes": self._nbytes(self._cache)}
 
 

@@ -24,6 +24,7 @@ from kvell.kernels.compressed import (
 )
 from kvell.kernels.cpp import attention as in_cpp
 from kvell.kernels.cpp import decode
+from kvell.kernels.cpp import pick as pick_in_cpp
 
 FLOAT, BFLOAT = torch.float32, torch.bfloat16
 # Heads of this width, so many KV heads, and query heads for each: vectors of every length, more heads than registers.
@@ -268,33 +269,47 @@ def test_the_largest_scores_are_chosen_and_of_equal_ones_the_first(length: int, 
             assert own == best.tolist() + [-1] * (k - len(best))
 
 
-def test_what_is_not_a_number_is_chosen_last() -> None:
-    scores = torch.tensor([float("nan"), -5.0, float("nan"), 2.0])
+def test_what_is_not_a_number_is_the_largest_as_in_torch() -> None:
+    scores = torch.tensor([2.0, float("nan"), -5.0, float("nan"), float("-inf")])
     for count in (1, 3):
-        assert chosen(scores, [4] * count, 2) == [[1, 3]] * count
+        for version in ("cpp", "reference", "fast"):
+            with kernels.use(version):
+                assert chosen(scores, [5] * count, 2) == [[1, 3]] * count
 
 
 @pytest.mark.parametrize("dtype", [FLOAT, BFLOAT])
-@pytest.mark.parametrize(("heads", "width"), [(4, 8), (3, 10), (64, 16), (8, 32), (1, 5), (17, 2)])
-@pytest.mark.parametrize(("count", "length"), [(1, 5000), (1, 60), (1, 1025), (50, 60), (2, 1025), (700, 9000)])
-def test_picks(count: int, length: int, heads: int, width: int, dtype: torch.dtype) -> None:
+@pytest.mark.parametrize(
+    ("heads", "width", "count", "length"),
+    [
+        *((4, 8, count, length) for count, length in ((1, 60), (1, 1025), (50, 60), (2, 1025), (700, 9000))),
+        *((3, 10, count, 1500) for count in (1, 33)),
+        *((64, 16, count, 5000) for count in (1, 40)),
+        *((17, 2, count, 100) for count in (1, 5)),
+        *((1, 5, count, 70) for count in (1, 5)),
+    ],
+)
+def test_picks(
+    count: int, length: int, heads: int, width: int, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Those of the reference, but where two scores are so near that either may be the larger one. More queries, and
     entries, than are worked on at once."""
+    asked, ask = [], pick_in_cpp.pick_operator
+    monkeypatch.setattr(pick_in_cpp, "pick_operator", lambda *shape: asked.append(shape) or ask(*shape))
     query, keys = torch.randn(count, heads, width).to(dtype), torch.randn(length, width).to(dtype)
     weights, visible = torch.randn(count, heads), torch.randint(1, length + 1, (count,))
     visible[0], keys[-1] = length, 9 * keys[-1]  # whose last entry is often among the best
     picks = pick(query.requires_grad_(), weights, keys, visible, 7)
     assert picks.shape == (count, 7)
-    scores = (weights.double()[:, None] @ (query.detach().double() @ keys.double().T).relu()).squeeze(1)
+    assert asked == [(dtype, heads, width)]
+    scores = (weights.double()[:, None] @ (query.detach().double() @ keys.double().T).relu_()).squeeze(1)
     scores[torch.arange(length) >= visible[:, None]] = float("-inf")
-    best = scores.topk(8).values
+    best = scores.topk(7).values
     for own, row, nearest, among in zip(picks, scores, best, visible.tolist(), strict=True):
         there = own[own >= 0]
         assert len(there) == min(among, 7)
         assert there.tolist() == sorted(set(there.tolist()))
-        torch.testing.assert_close(
-            row[there].sort(descending=True).values, nearest[: len(there)], atol=1e-4, rtol=1e-4
-        )
+        found = row[there].sort(descending=True).values
+        torch.testing.assert_close(found, nearest[: len(there)], atol=1e-4, rtol=1e-4)
 
 
 def test_keys_that_the_kernel_cannot_read_are_torchs() -> None:
@@ -305,17 +320,21 @@ def test_keys_that_the_kernel_cannot_read_are_torchs() -> None:
         assert torch.equal(picks, pick(query, weights, keys, visible, 7))
 
 
-@pytest.mark.parametrize("threads", [1, 2, 3])
-def test_picks_of_one_query_by_any_number_of_threads(threads: int) -> None:
-    query, weights, keys = torch.randn(1, 4, 32), torch.rand(1, 4), torch.randn(20_000, 32)
-    before = torch.get_num_threads()
-    torch.set_num_threads(threads)
-    try:
-        picks = pick(query, weights, keys, torch.tensor([19_999]), 64)
-    finally:
-        torch.set_num_threads(before)
-    with kernels.use("reference"):
-        assert torch.equal(picks, pick(query, weights, keys, torch.tensor([19_999]), 64))
+@pytest.mark.parametrize(("count", "length"), [(1, 20_000), (700, 9000), (40, 20_000)])
+def test_picks_by_any_number_of_threads(count: int, length: int) -> None:
+    """More queries than have room for their scores at once, or fewer, whose entries threads share."""
+    query, weights, keys = torch.randn(count, 4, 8), torch.rand(count, 4), torch.randn(length, 8)
+    visible = torch.randint(0, length + 1, (count,))
+    visible[0] = length
+    before, found = torch.get_num_threads(), []
+    for threads in (1, 2, 3):
+        torch.set_num_threads(threads)
+        try:
+            found.append(pick(query, weights, keys, visible, 64))
+        finally:
+            torch.set_num_threads(before)
+    assert torch.equal(found[0], found[1])
+    assert torch.equal(found[0], found[2])
 
 
 @settings(

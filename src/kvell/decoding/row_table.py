@@ -32,15 +32,14 @@ def row_table(
     assert cache is not None
     numbers = array("q")
     made: dict[int, list[tuple[Extended, Extended]]] = {}
-    itemsize = cache.dtype.itemsize
     for attend in attentions:
         layer, source = attend.layer, attend.source
         if source is None:
             key, value = (layer, "key"), (layer, "value")
             made[layer] = [(cache.extend(index, key, 1), cache.extend(index, value, 1)) for index in sequences]
         for keys, values in made[layer if source is None else source]:
-            kept = (_address(keys[3]), _address(values[3])) if source is None else (0, 0)
-            numbers.extend(entry(_place(keys), _place(values), itemsize, attend.window, *kept))
+            kept = (_kept(keys), _kept(values)) if source is None else (0, 0)
+            numbers.extend(entry(_place(keys), _place(values), keys[0].itemsize, attend.window, *kept))
     numbers.frombytes(bytes(8 * (num_layers - len(attentions)) * len(sequences) * FIELDS))
     table = torch.frombuffer(numbers, dtype=torch.int64)
     return table.view(num_layers, len(sequences), FIELDS), made
@@ -52,5 +51,6 @@ def _place(extended: Extended) -> Place:
     return buffer.data_ptr() + first * width * buffer.itemsize, width, last - first
 
 
-def _address(rows: Tensor | None) -> int:
+def _kept(extended: Extended) -> int:
+    *_, rows = extended
     return 0 if rows is None else rows.data_ptr()

@@ -325,11 +325,13 @@ def pick(
         from kvell.kernels.triton.index import pick as in_triton
 
         return in_triton(query, weights, keys, visible, top_k)
-    run = pick_reference if reference_wanted() else pick_for_one if query.shape[0] == 1 else pick_blocked
     if cpp_wanted(query):
         from kvell.kernels.cpp import pick as in_cpp
 
-        run = in_cpp.pick if in_cpp.takes(keys) else run
+        if in_cpp.takes(keys):
+            return in_cpp.pick(query, weights, keys, visible, top_k)
+    fast = pick_for_one if query.shape[0] == 1 else pick_blocked
+    run = pick_reference if reference_wanted() else fast
     return run(query, weights, keys, visible, top_k)
 
 

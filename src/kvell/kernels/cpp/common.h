@@ -6,6 +6,7 @@
 #include <cmath>
 #include <cstdint>
 #include <cstring>
+#include <limits>
 #include <numeric>
 
 // How many numbers the processor works on at once, and about how many such vectors it has room for.
@@ -18,12 +19,17 @@ constexpr int WIDEST = 4, REGISTERS = 16;
 #endif
 
 template <int lanes> struct Floats { typedef float type __attribute__((vector_size(4 * lanes))); };
-template <> struct Floats<1> { typedef float type; };
+template <> struct Floats<1> { typedef float type; };  // clang 14 cannot choose between vectors of one
 template <int lanes> struct Words { typedef int32_t type __attribute__((vector_size(4 * lanes))); };
 template <int lanes> struct Halves { typedef uint16_t type __attribute__((vector_size(2 * lanes))); };
 
 // Of two vectors, or numbers, the larger one's; a's where b's is not a number.
 template <class Number> inline Number larger_of(Number a, Number b) { return a < b ? b : a; }
+
+// a, and where it is not a number infinity: torch takes that for larger than any other.
+template <class Number> inline Number ordered(Number a) {
+    return a == a ? a : Number{} + std::numeric_limits<float>::infinity();
+}
 
 // All of a vector's numbers as one, by the sum or the maximum of its halves.
 template <int lanes, class Join> inline float joined(typename Floats<lanes>::type vector, Join join) {

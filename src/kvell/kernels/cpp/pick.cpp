@@ -34,7 +34,7 @@ using Element = ELEMENT;
 using torch::stable::Tensor;
 using Vector = Floats<WIDEST>::type;
 
-constexpr int TILE = 32, VECTORS = TILE / WIDEST, QUERIES = 32;
+constexpr int TILE = 32, VECTORS = TILE / WIDEST, TOGETHER = 32;  // entries of a tile, queries of a block
 constexpr int TILE_HEADS = largest_divisor(HEADS, REGISTERS / VECTORS);
 constexpr int LANES = std::gcd(HEADS, WIDEST), PARTS = largest_divisor(HEADS / LANES, REGISTERS / 2);
 constexpr int ROWS = REGISTERS / PARTS;
@@ -67,6 +67,7 @@ inline void score_tile(const float* query, const float* weights, const float key
                 total[v] += larger_of(products[h][v], nothing) * weights[first + h];
             }
     }
+    for (Vector& own : total) own = ordered(own);
     std::memcpy(scores, total, sizeof total);
 }
 
@@ -87,32 +88,29 @@ inline void score_rows(const float* query, const float* weights, const Element* 
             for (int p = 0; p < PARTS; ++p)
                 total[r] += larger_of(products[r][p], nothing) * load<LANES>(weights + first + p * LANES);
     }
-    for (int r = 0; r < rows; ++r) scores[r] = sum<LANES>(total[r]);
+    for (int r = 0; r < rows; ++r) scores[r] = ordered(sum<LANES>(total[r]));
 }
 
-struct Queries {
-    const float *values, *weights;
-    int64_t count;
-    Queries from(int64_t first, int64_t most) const {
-        return {values + first * HEADS * WIDTH, weights + first * HEADS, std::min(count - first, most)};
-    }
-};
-
-// Of a query alone, laid out by channels: scores[e] of the entries [first, last).
-void score_for_one(Queries query, const Element* keys, int64_t first, int64_t last, float* scores) {
+// Of a query alone, query[c][h]: scores[e] of the entries [first, last).
+void score_for_one(
+    const float* query, const float* weights, const Element* keys, int64_t first, int64_t last, float* scores
+) {
     for (; first + ROWS <= last; first += ROWS)
-        score_rows<ROWS>(query.values, query.weights, keys + first * WIDTH, scores + first);
-    for (; first < last; ++first) score_rows<1>(query.values, query.weights, keys + first * WIDTH, scores + first);
+        score_rows<ROWS>(query, weights, keys + first * WIDTH, scores + first);
+    for (; first < last; ++first) score_rows<1>(query, weights, keys + first * WIDTH, scores + first);
 }
 
-// scores[q * stride + e] of these queries and the entries [first, last).
-void score(Queries queries, const Element* keys, int64_t first, int64_t last, float* scores, int64_t stride) {
+// Of a block, queries[q][h][c]: scores[q * stride + e] of the entries [first, last).
+void score_for_block(
+    const float* queries, const float* weights, int64_t count, const Element* keys, int64_t first, int64_t last,
+    float* scores, int64_t stride
+) {
     alignas(64) float tile[WIDTH][TILE], row[TILE];
     for (int64_t entry = first; entry < last; entry += TILE) {
         const int64_t there = std::min<int64_t>(TILE, last - entry);
         lay_out(keys + entry * WIDTH, there, tile);
-        for (int64_t q = 0; q < queries.count; ++q) {
-            score_tile(queries.values + q * HEADS * WIDTH, queries.weights + q * HEADS, tile, row);
+        for (int64_t q = 0; q < count; ++q) {
+            score_tile(queries + q * HEADS * WIDTH, weights + q * HEADS, tile, row);
             std::copy(row, row + there, scores + q * stride + entry);
         }
     }
@@ -138,7 +136,7 @@ struct Noted {
 
     void add(float score, int64_t place) {
         if (int64_t(scores.size()) == int64_t(scores.capacity())) forget();
-        scores.push_back(std::isnan(score) ? NOTHING : score);
+        scores.push_back(score);
         places.push_back(place);
     }
 
@@ -179,7 +177,7 @@ float bound(const float* scores, int64_t seen, int64_t k, std::vector<float>& ma
 
 void choose(const float* scores, int64_t seen, Noted& noted, int64_t* picks) {
     noted.clear();
-    if (seen == 0) {
+    if (seen == 0 || noted.wanted == 0) {
         std::fill(picks, picks + noted.wanted, -1);
         return;
     }
@@ -214,11 +212,10 @@ Tensor pick(const Tensor query, const Tensor weights, const Tensor keys, const T
     const Element* all = static_cast<const Element*>(keys.const_data_ptr());
     const int64_t* seen = static_cast<const int64_t*>(visible.const_data_ptr());
     int64_t* to = static_cast<int64_t*>(picks.mutable_data_ptr());
-    const float* values = static_cast<const float*>(query.const_data_ptr());
+    const float* queries = static_cast<const float*>(query.const_data_ptr());
+    const float* shares = static_cast<const float*>(weights.const_data_ptr());
     std::vector<float> by_channels(count == 1 ? HEADS * WIDTH : 0);
-    for (size_t i = 0; i < by_channels.size(); ++i) by_channels[i] = values[i % HEADS * WIDTH + i / HEADS];
-    if (count == 1) values = by_channels.data();
-    const Queries queries{values, static_cast<const float*>(weights.const_data_ptr()), count};
+    for (size_t i = 0; i < by_channels.size(); ++i) by_channels[i] = queries[i % HEADS * WIDTH + i / HEADS];
     const int64_t room = std::clamp<int64_t>(MOST_SCORES / std::max<int64_t>(entries, 1), 1, MOST_QUERIES);
     const std::unique_ptr<float[]> scores(new float[std::min(room, count) * entries]);
 #pragma omp parallel if (count * entries * HEADS * WIDTH > ALONE)
@@ -227,15 +224,18 @@ Tensor pick(const Tensor query, const Tensor weights, const Tensor keys, const T
         for (int64_t first = 0; first < count; first += room) {
             const int64_t stop = std::min(first + room, count);
             const int64_t most = std::clamp<int64_t>(*std::max_element(seen + first, seen + stop), 0, entries);
-            const int64_t chunks = (most + CHUNK - 1) / CHUNK, blocks = (stop - first + QUERIES - 1) / QUERIES;
+            const int64_t chunks = (most + CHUNK - 1) / CHUNK, blocks = (stop - first + TOGETHER - 1) / TOGETHER;
 #pragma omp for schedule(dynamic)
             for (int64_t task = 0; task < blocks * chunks; ++task) {
-                const int64_t from = first + task / chunks * QUERIES, entry = task % chunks * CHUNK;
-                const Queries block = queries.from(from, std::min<int64_t>(QUERIES, stop - from));
+                const int64_t from = first + task / chunks * TOGETHER, entry = task % chunks * CHUNK;
+                const int64_t last = std::min(entry + CHUNK, most), block = std::min<int64_t>(TOGETHER, stop - from);
                 float* own = scores.get() + (from - first) * entries;
-                const int64_t last = std::min(entry + CHUNK, most);
-                if (count == 1) score_for_one(block, all, entry, last, own);
-                else score(block, all, entry, last, own, entries);
+                if (count == 1) {
+                    score_for_one(by_channels.data(), shares, all, entry, last, own);
+                } else {
+                    const float *ask = queries + from * HEADS * WIDTH, *share = shares + from * HEADS;
+                    score_for_block(ask, share, block, all, entry, last, own, entries);
+                }
             }
 #pragma omp for schedule(dynamic, 8)
             for (int64_t q = first; q < stop; ++q) {
