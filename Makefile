@@ -5,7 +5,7 @@ INSTALLED = $(VENV)/.installed
 
 .PHONY: demo test check bench
 
-# Hides a number in a long real file and asks the bundled model for it.
+# Hides a number in long real files and asks the bundled model for it.
 demo: $(INSTALLED)
 	$(BIN)/python examples/passkey.py
 

@@ -1,9 +1,10 @@
 """Hides a number in a long real text, asks the bundled model for it, and shows what its cache held.
 
-    python examples/passkey.py                     # 16,384 tokens, a number and a place drawn anew
+    python examples/passkey.py                     # 16,384 tokens; text, number and place are drawn anew
     python examples/passkey.py --length 8192 --seed 3
 
-The text is a module of the standard library that the model was not trained on.
+The text is modules of the standard library that the model was not trained on, one after another, drawn as for the
+figures of its card.
 """
 
 import argparse
@@ -19,9 +20,11 @@ from rich.table import Table
 
 import kvell
 from kvell.bundled import bundled_model_path
+from kvell.training.batches import drawn
 from kvell.training.corpus import read_corpus
 from kvell.training.settings import TrainingConfig
 from kvell.training.tasks import Passkey
+from kvell.training.tokens import read_tokenizer, tokenise
 
 HERE = Path(__file__).parent
 DIGITS = 5
@@ -30,27 +33,28 @@ DIGITS = 5
 def main() -> None:
     parser = argparse.ArgumentParser(description="Hide a number in a long text and ask for it.")
     parser.add_argument("--length", type=int, default=16384, help="tokens of the prompt and its answer together")
-    parser.add_argument("--seed", type=int, help="draws the number and its place; another every time without it")
+    parser.add_argument("--seed", type=int, help="draws text, number and place; another every time without it")
     options = parser.parse_args()
     seed = random.randrange(1000) if options.seed is None else options.seed
 
     recipe = TrainingConfig.read(HERE / "mini.yaml")
-    longest = sorted(read_corpus(recipe.data).held_out, key=lambda document: -len(document.text))
-    tokenizer = kvell.Tokenizer.from_pretrained(bundled_model_path())
-    model = kvell.from_pretrained(bundled_model_path(), dtype=torch.float32)
+    folder = bundled_model_path()
+    tokenizer, model = kvell.Tokenizer.from_pretrained(folder), kvell.from_pretrained(folder, dtype=torch.float32)
     if options.length > model.config.max_positions:
         raise kvell.InputError(
             f"--length {options.length} is more than the model's {model.config.max_positions} positions"
         )
-    bos, *text = [token for document in longest for token in tokenizer.encode(document.text)[: options.length]]
-    text = [token for token in text if token != bos]
-    case = Passkey(length=options.length).draw(
-        random.Random(seed), text, lambda piece: tokenizer.encode(piece)[1:], bos
+    held_out = read_corpus(recipe.data).held_out
+    (eos,) = model.config.eos_token_ids
+    documents = tokenise(read_tokenizer(str(folder)), held_out, model.config.vocab_size, eos)
+    bos = int(documents[0].ids[0])
+    case = drawn(
+        Passkey(), options.length, documents, lambda piece: tokenizer.encode(piece)[1:], bos, random.Random(seed)
     )
     start, asked = case.scored[0], case.tokens[: case.scored[0]]
     found = start - case.distances[0]
 
-    print(f"{start:,} tokens, from {longest[0].name} on, which the model has never seen (seed {seed})\n")
+    print(f"{start:,} tokens of the standard library, which the model has never seen (seed {seed})\n")
     print(f"  ...{tokenizer.decode(asked[found - 40 : found + 30])}...".replace("\n", "\n  "))
     print(f"\n  {case.distances[0]:,} tokens later:{tokenizer.decode(asked[-16:])}".replace("\n", "\n  "), end="")
 
