@@ -92,7 +92,7 @@ def lengths(longest: int) -> list[int]:
 
 
 def measure(technique: str, longest: int, budget: float, threads: int) -> dict[str, dict[str, float]]:
-    """Figures by context. Without those of the prompt from the length on that would exceed the budget, in seconds."""
+    """Figures by context; those of prompts up to the last one that the budget, in seconds, allows."""
     with tempfile.TemporaryDirectory() as folder, workers([("fresh kvell", "default")], threads) as sides:
         path = Path(folder) / "config.json"
         path.write_text(json.dumps(config_of(technique)))
