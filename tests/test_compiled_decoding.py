@@ -90,6 +90,19 @@ def test_compiled_code_gives_the_models_logits(kind: str, batches: list[int], fo
     assert runs == [1] * 16 * batches.count(1) + [2] * 6 * batches.count(2)
 
 
+def test_a_compiled_step_leaves_sinkhorns_iterations_to_their_kernel(folder: Path) -> None:
+    """Traced, they are most of a hyper-connected model's operators."""
+    model = random_model(model_like("deepseek_v4")).compile_decoding(folder=folder)
+    connections = 2 * len(model.config.layers)
+    traced = compiling._OneToken(model, lambda left_out: None)
+    with torch.no_grad(), kernels.use("cpp", folder):
+        one = torch.zeros(1, dtype=torch.long)
+        rows = compiling.empty_table(len(model.config.layers), 1)
+        program = torch.export.export(traced, (one, one, rows), strict=False)
+    called = [str(node.target) for node in program.graph.nodes if node.op == "call_function"]
+    assert sum("kvell.sinkhorn" in name for name in called) == connections
+
+
 def test_windows_reserved_exactly_are_read_and_kept(folder: Path, runs: list[int]) -> None:
     """Such a stream has no room for a window and one row more: what is seen lies beside it, for whoever shares it
     too, and the newest row is kept in both."""

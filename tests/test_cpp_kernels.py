@@ -25,6 +25,8 @@ from kvell.kernels.compressed import (
 from kvell.kernels.cpp import attention as in_cpp
 from kvell.kernels.cpp import decode
 from kvell.kernels.cpp import pick as pick_in_cpp
+from kvell.kernels.cpp import sinkhorn as sinkhorn_in_cpp
+from kvell.kernels.hyper_connections import fast_sinkhorn, sinkhorn
 
 FLOAT, BFLOAT = torch.float32, torch.bfloat16
 # Heads of this width, so many KV heads, and query heads for each: vectors of every length, more heads than registers.
@@ -335,6 +337,39 @@ def test_picks_by_any_number_of_threads(count: int, length: int) -> None:
             torch.set_num_threads(before)
     assert torch.equal(found[0], found[1])
     assert torch.equal(found[0], found[2])
+
+
+@pytest.mark.parametrize("streams", [1, 2, 3, 4, 5])
+@pytest.mark.parametrize(("iterations", "eps"), [(1, 1e-6), (2, 1e-2), (20, 1e-6)])
+def test_sinkhorn(streams: int, iterations: int, eps: float) -> None:
+    """Of one token, of as many as fill vectors and of a few more or less, shared by threads or not."""
+    for tokens in (0, 1, 2, 4, 5, 15, 16, 33, 600):
+        logits = 9 * torch.randn(tokens, streams, streams)
+        assert sinkhorn_in_cpp.takes(logits)
+        assert_near(fast_sinkhorn(logits, iterations, eps), sinkhorn(logits, iterations, eps))
+    apart = torch.randn(20, 2 * streams, streams)[:, ::2]
+    assert_near(fast_sinkhorn(apart, iterations, eps), sinkhorn(apart, iterations, eps))
+
+
+@pytest.mark.parametrize("tokens", [3, 40])
+def test_sinkhorn_of_what_is_not_a_number(tokens: int) -> None:
+    """Its token alone sees it."""
+    logits = torch.randn(tokens, 4, 4)
+    for broken in (torch.nan, torch.inf):
+        logits[2, 1, 3] = broken
+        expected = sinkhorn(logits, 20, 1e-6)
+        assert expected.isnan().any(dim=(1, 2)).tolist() == [token == 2 for token in range(tokens)]
+        found = fast_sinkhorn(logits, 20, 1e-6)
+        torch.testing.assert_close(found, expected, atol=2e-5, rtol=2e-5, equal_nan=True)
+
+
+def test_sinkhorn_that_the_kernel_cannot_compute_is_torchs() -> None:
+    doubles, recorded = torch.randn(3, 2, 2, dtype=torch.float64), torch.randn(3, 2, 2, requires_grad=True)
+    torch.testing.assert_close(fast_sinkhorn(doubles, 9, 1e-6), sinkhorn(doubles, 9, 1e-6), atol=1e-12, rtol=1e-12)
+    found, wanted = (
+        torch.autograd.grad(run(recorded, 9, 1e-6).square().sum(), recorded) for run in (fast_sinkhorn, sinkhorn)
+    )
+    torch.testing.assert_close(found, wanted)
 
 
 @settings(

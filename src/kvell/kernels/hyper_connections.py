@@ -13,7 +13,7 @@ from jaxtyping import Float
 from torch import Tensor
 from torch.nn import functional as F
 
-from kvell.kernels.choice import reference_wanted, triton_wanted
+from kvell.kernels.choice import cpp_wanted, reference_wanted, triton_wanted
 
 
 def hyper_read(
@@ -86,16 +86,26 @@ def hyper_read_by_columns(
     shrink = (torch.linalg.vector_norm(flat, dim=1, keepdim=True).square() / flat.shape[1] + norm_eps).rsqrt()
     factors = torch.cat([factor.expand(n) for factor, n in zip(scale, (streams, streams, streams**2), strict=True)])
     numbers = torch.addcmul(base, F.linear(flat, weight) * shrink, factors)
-    gates, mix = numbers[:, : 2 * streams].sigmoid(), numbers[:, 2 * streams :]
+    gates, mix = numbers[:, : 2 * streams].sigmoid(), numbers[:, 2 * streams :].unflatten(1, (streams, streams))
     if iterations is not None:
-        by_columns = _sinkhorn_by_columns(mix.T.contiguous().unflatten(0, (streams, streams)), iterations, eps)
-        # Laid out by tokens again: a product of many small matrices that are not takes ten times as long.
-        mix = by_columns.flatten(0, 1).T.contiguous()
-    return collapse(gates[:, :streams] + eps, h), 2 * gates[:, streams:], mix.unflatten(1, (streams, streams))
+        mix = fast_sinkhorn(mix, iterations, eps)
+    return collapse(gates[:, :streams] + eps, h), 2 * gates[:, streams:], mix
+
+
+def fast_sinkhorn(logits: Float[Tensor, "T N N"], iterations: int, eps: float) -> Float[Tensor, "T N N"]:
+    """`sinkhorn` of all tokens at once."""
+    if cpp_wanted(logits, exported=True):
+        from kvell.kernels.cpp import sinkhorn as in_cpp
+
+        if in_cpp.takes(logits):
+            return in_cpp.sinkhorn(logits, iterations, eps)
+    by_columns = _sinkhorn_by_columns(logits.permute(1, 2, 0).contiguous(), iterations, eps)
+    # Laid out by tokens again: a product of many small matrices that are not takes ten times as long.
+    return by_columns.permute(2, 0, 1).contiguous()
 
 
 def _sinkhorn_by_columns(logits: Float[Tensor, "N N T"], iterations: int, eps: float) -> Float[Tensor, "N N T"]:
-    """`sinkhorn` of every token's matrix at once, in place where no gradients are recorded."""
+    """In place where no gradients are recorded."""
     halves = [0] + [1, 0] * (iterations - 1)
     mix = logits.softmax(1) + eps
     if torch.is_grad_enabled() or torch.compiler.is_compiling():

@@ -48,6 +48,13 @@ def _operator(kernel: str, constants: Constants, folder: Path) -> Any:
     return getattr(torch.ops.kvell, name).default
 
 
+@cache
+def known(made: Any) -> Any:
+    """The operator, known to torch's compiler: its result is like its first argument."""
+    torch.library.register_fake(made.name(), lambda first, *_: torch.empty_like(first))
+    return made
+
+
 def _compile(kernel: str, file: Path, flags: list[str]) -> None:
     """Aside first, so that whoever finds the file finds all of it. The compiler works in a folder of its own: it is
     not given names with spaces, nor relative ones."""

@@ -6,14 +6,13 @@ which it writes behind the others: then nothing but the table has to be made bef
 """
 
 from collections.abc import Sequence
-from functools import cache
 from typing import Any
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from kvell.kernels.cpp import operator
+from kvell.kernels.cpp import known, operator
 
 FEW_NUMBERS = 4096  # of all of a query's heads
 ELEMENTS = {torch.float32: "float", torch.bfloat16: "uint16_t"}
@@ -111,17 +110,10 @@ def entry(
 def decode_operator(dtype: torch.dtype, width: int, group: int) -> Any:
     """decode(query (B, H, D), newest keys (B, K, D) or None, newest values or None, table (B, 7), scale), contiguous,
     for heads of `width` channels and `group` query heads to a KV head: (B, H, D)."""
-    return _known(operator("decode", WIDTH=width, GROUP=group, ELEMENT=ELEMENTS[dtype]))
+    return known(operator("decode", WIDTH=width, GROUP=group, ELEMENT=ELEMENTS[dtype]))
 
 
 def _shared_operator(dtype: torch.dtype, width: int, heads: int) -> Any:
     """The same kernel's other operator: all heads read one."""
     name = decode_operator(dtype, width, heads).name().removeprefix("kvell::")
     return getattr(torch.ops.kvell, f"{name}_shared").default
-
-
-@cache
-def _known(made: Any) -> Any:
-    """To torch's compiler."""
-    torch.library.register_fake(made.name(), lambda query, *_: torch.empty_like(query))
-    return made
