@@ -128,7 +128,7 @@ def test_windows_reserved_exactly_are_read_and_kept(folder: Path, runs: list[int
 @pytest.mark.parametrize("large", [0, 1 << 18])
 def test_bf16_stays_near_the_models_own(large: int, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Compiled code rounds less often: it is no further from fp32's logits, with products called or compiled."""
-    monkeypatch.setattr(linear, "LARGE", large)
+    monkeypatch.setitem(linear.LARGE, torch.bfloat16, large)
     exact = random_model(MIXED)
     model = copy.deepcopy(exact).bfloat16()
     compiled = copy.deepcopy(model).compile_decoding(folder=folder)

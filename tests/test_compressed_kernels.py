@@ -4,7 +4,7 @@ from collections.abc import Iterator
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from kvell import Cache
 from kvell.cache import StreamSpec
@@ -77,6 +77,22 @@ def test_top_k_is_that_of_a_stable_sort(width: int, values: int) -> None:
         assert top_k_lowest_first(scores, k).tolist() == wanted
         for chosen in (top_k_ascending(scores, k), top_k_of_ranked(ranked(scores), k)):
             assert chosen.tolist() == [sorted(row) for row in wanted]
+
+
+@pytest.mark.parametrize(("width", "k"), [(1, 1), (2, 1), (7, 3), (40, 40)])
+def test_top_k_without_sorting_is_that_of_a_stable_sort(width: int, k: int) -> None:
+    """What a step of one token is exported with, ties and numbers that are none among its scores."""
+
+    class Choice(nn.Module):
+        def forward(self, scores: Tensor) -> Tensor:
+            return top_k_lowest_first(scores, k)
+
+    scores = torch.randint(-2, 2, (60, width)).float()
+    scores[:20][torch.rand(20, width) < 0.2] = torch.nan
+    scores[40:][torch.rand(20, width) < 0.2] = float("-inf")
+    program = torch.export.export(Choice(), (scores,), strict=False)
+    assert not any("sort" in str(node.target) for node in program.graph.nodes)
+    assert torch.equal(program.module()(scores), top_k_lowest_first(scores, k))
 
 
 @pytest.mark.parametrize("values", [2, 9000, 2**24])

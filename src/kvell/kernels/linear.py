@@ -1,9 +1,9 @@
-"""Linear projections in bf16 on the CPU, where torch's own product is far from what the machine allows.
+"""Linear projections on the CPU, where torch's own product is far from what the machine allows.
 
 One row, a decoded token, should cost the reading of its weights: torch's matrix-vector product comes close to the
-memory's bandwidth, its matrix product to half of it or less. Many rows should cost their multiplications: without
-instructions for bf16 they are a fourth to a seventh as fast as in fp32, so the weights are widened, in tiles that
-stay in the cache. docs/log.md has the figures.
+memory's bandwidth, its matrix product in bf16 to half of it or less, and in fp32 as far where matrices are small.
+Many rows should cost their multiplications: without instructions for bf16 they are a fourth to a seventh as fast as in
+fp32, so the weights are widened, in tiles that stay in the cache. docs/log.md has the figures.
 """
 
 import platform
@@ -21,19 +21,19 @@ WIDENED_FROM = 8
 # Rows of a weight matrix that are widened at once.
 TILE = 1024
 # Numbers of a matrix from which its product with one row is called rather than compiled.
-LARGE = 1 << 18
+LARGE = {torch.bfloat16: 1 << 18, torch.float32: 1 << 21}
 
 
 def linear(
     x: Float[Tensor, "*shape in"], weight: Float[Tensor, "out in"], bias: Float[Tensor, " out"] | None = None
 ) -> Float[Tensor, "*shape out"]:
     """x @ weight.T + bias."""
-    in_bf16 = x.dtype is torch.bfloat16 and weight.dtype is torch.bfloat16
-    if in_bf16 and x.device.type == "cpu" and not torch.is_grad_enabled() and not reference_wanted():
+    known = x.device.type == "cpu" and x.dtype in LARGE and weight.dtype is x.dtype
+    if known and not (torch.is_grad_enabled() or torch.is_autocast_enabled("cpu") or reference_wanted()):
         rows = x.numel() // x.shape[-1]
         if rows == 1:
             return _of_one_row(x, weight, bias)
-        if rows >= WIDENED_FROM and not multiplies_bf16():
+        if rows >= WIDENED_FROM and x.dtype is torch.bfloat16 and not multiplies_bf16():
             return _widened(x, weight, bias)
     return F.linear(x, weight, bias)
 
@@ -52,7 +52,7 @@ def _of_one_row(
     row = x.reshape(-1)
     if not torch.compiler.is_compiling():
         y = _times_row(weight, row, bias)
-    elif weight.numel() < LARGE:
+    elif weight.numel() < LARGE[x.dtype]:
         y = _times_row(weight, kept(row), bias)
     else:
         y = torch.ops.kvell.times_row(weight, row, bias)

@@ -8,7 +8,20 @@ from torch import Tensor
 
 def top_k_lowest_first(scores: Float[Tensor, "*shape N"], k: int) -> Int[Tensor, "*shape k"]:
     """Indices of the k largest scores, largest first; of equal scores the lowest index first."""
+    if torch.compiler.is_exporting():
+        return _by_rank(scores, k)
     return scores.sort(dim=-1, descending=True, stable=True).indices[..., :k]
+
+
+def _by_rank(scores: Float[Tensor, "*shape N"], k: int) -> Int[Tensor, "*shape k"]:
+    """The same choice where every score is compared with every other: for the few experts' of a decoded token, whose
+    compiled step would have to call a sort."""
+    scores = scores.where(~scores.isnan(), torch.inf)
+    places = torch.arange(scores.shape[-1], device=scores.device)
+    own, other = scores[..., :, None], scores[..., None, :]
+    ranks = ((other > own) | ((other == own) & (places < places[:, None]))).sum(-1)
+    found = ranks[..., None, :] == places[:k, None]
+    return (found * places).sum(-1)
 
 
 def top_k_ascending(scores: Float[Tensor, "R N"], k: int) -> Int[Tensor, "R k"]:

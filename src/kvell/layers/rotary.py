@@ -27,6 +27,7 @@ from jaxtyping import Float, Int
 from pydantic import Field, PositiveFloat, PositiveInt
 from torch import Tensor
 
+from kvell.kernels.linear import kept
 from kvell.kernels.rotation import rotate, rotate_last
 from kvell.layers.part import Part
 
@@ -169,7 +170,10 @@ def rotary_table(
     cos, sin, scale = angles.cos(), angles.sin(), rotary.scale()
     if scale != 1:
         cos, sin = cos * scale, sin * scale
-    return RotaryTable(cos.to(dtype), sin.to(dtype))
+    cos, sin = cos.to(dtype), sin.to(dtype)
+    if torch.compiler.is_compiling():
+        cos, sin = kept(cos), kept(sin)  # or every head would compute them again
+    return RotaryTable(cos, sin)
 
 
 @cache  # never dropped: recorded graphs know these tensors by their addresses
