@@ -10,8 +10,9 @@ import signal
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -23,6 +24,9 @@ MALLOC_SETTINGS: dict[str, dict[str, str]] = {
     "tuned": {"MALLOC_MMAP_MAX_": "0", "MALLOC_TRIM_THRESHOLD_": "100000000000", "MALLOC_TOP_PAD_": "67108864"},
 }
 
+
+# Seconds that a worker has to end by itself.
+PATIENCE = 10.0
 
 Key = TypeVar("Key")
 
@@ -71,15 +75,17 @@ class Worker:
         return answer["result"]
 
     def close(self) -> None:
-        if self._process.poll() is None:
+        """Lets it end, so that it leaves no files behind, and ends it if it does not."""
+        assert self._process.stdin is not None
+        assert self._process.stdout is not None
+        with suppress(BrokenPipeError):
+            self._process.stdin.close()
+        try:
+            self._process.wait(PATIENCE)
+        except subprocess.TimeoutExpired:
             self._process.kill()
-        self._process.wait()
-        for stream in (self._process.stdin, self._process.stdout):
-            if stream is not None and not stream.closed:
-                try:
-                    stream.close()
-                except BrokenPipeError:
-                    continue
+            self._process.wait()
+        self._process.stdout.close()
         self._complaints.close()
 
     def _last_words(self) -> str:
@@ -94,12 +100,19 @@ class Worker:
 @contextmanager
 def workers(names: Sequence[tuple[str, str]], threads: int = 2) -> Iterator[dict[tuple[str, str], Worker]]:
     """Workers by (side, malloc setting), ended when the context closes."""
-    with ExitStack() as stack:
-        made: dict[tuple[str, str], Worker] = {}
+    made: dict[tuple[str, str], Worker] = {}
+    try:
         for side, malloc in names:
             made[side, malloc] = Worker(side, malloc, threads)
-            stack.callback(made[side, malloc].close)
         yield made
+    finally:
+        at_once(made.values(), Worker.close)
+
+
+def at_once(sides: Collection[Worker], ask: Callable[[Worker], Any]) -> list[Any]:
+    """Asks them all at the same time: not to be timed."""
+    with ThreadPoolExecutor(max(len(sides), 1)) as pool:
+        return list(pool.map(ask, sides))
 
 
 def take_turns(sides: Mapping[Key, Worker], rounds: int, ask: Callable[[Worker], Any]) -> dict[Key, list[Any]]:

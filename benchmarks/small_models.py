@@ -27,7 +27,7 @@ import torch
 import kvell
 from benchmarks import machine
 from benchmarks.checkpoints import SMALL, write_small
-from benchmarks.processes import MALLOC_SETTINGS, Worker, WorkerError, take_turns, workers
+from benchmarks.processes import MALLOC_SETTINGS, Worker, WorkerError, at_once, take_turns, workers
 from benchmarks.reporting import Goal, Section, mebibytes, median, ratio, seconds, table, write_results
 
 CONTEXTS = (1024, 4096, 16384, 32768)
@@ -70,8 +70,7 @@ def measure_family(
     keys = [(side, malloc) for malloc in mallocs for side in ("transformers", "kvell")]
     with tempfile.TemporaryDirectory() as folder, workers(keys, threads) as sides:
         write_small(family, Path(folder))
-        for worker in sides.values():
-            worker.call("load", folder=folder)
+        at_once(sides.values(), lambda worker: worker.call("load", folder=folder))
         first = sides[keys[0]]
         config = kvell.ModelConfig.from_pretrained(folder)
         found: dict[str, Any] = {

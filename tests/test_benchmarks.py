@@ -13,9 +13,9 @@ import torch
 from oracle import FULL, GEMMA4, SLIDING
 
 import kvell
-from benchmarks import gpu, growth, llama_cpp, machine, random_checkpoint, real_size, small_models, startup
+from benchmarks import gpu, growth, llama_cpp, machine, processes, random_checkpoint, real_size, small_models, startup
 from benchmarks.checkpoints import SMALL, write_small
-from benchmarks.processes import Worker, WorkerError, take_turns, workers
+from benchmarks.processes import Worker, WorkerError, at_once, take_turns, workers
 from benchmarks.reporting import Goal, Section, table, write_results
 from benchmarks.sides import KvellSide, Side, TransformersSide, filled_cache
 from kvell.cli import main
@@ -164,6 +164,19 @@ def test_a_worker_that_cannot_start_says_why() -> None:
             worker.call("load", folder="")
     finally:
         worker.close()
+
+
+def test_a_worker_ends_by_itself_and_one_that_does_not_is_ended(monkeypatch: pytest.MonkeyPatch) -> None:
+    """By itself it deletes what it keeps in temporary files, compiled code say."""
+    with workers([("kvell", "default"), ("kvell", "tuned")], threads=1) as sides:
+        assert [at_once([worker], lambda worker: worker.call("drop")) for worker in sides.values()] == [[None]] * 2
+    assert [worker._process.returncode for worker in sides.values()] == [0, 0]
+    with workers([("kvell", "default")], threads=1) as sides:
+        worker = sides["kvell", "default"]
+        worker.call("drop")
+        os.kill(worker._process.pid, signal.SIGSTOP)
+        monkeypatch.setattr(processes, "PATIENCE", 0.1)
+    assert worker._process.returncode == -signal.SIGKILL
 
 
 @pytest.mark.parametrize("technique", growth.TECHNIQUES)

@@ -2,8 +2,8 @@
 
 One row, a decoded token, should cost the reading of its weights: torch's matrix-vector product comes close to the
 memory's bandwidth, its matrix product in bf16 to half of it or less, and in fp32 as far where matrices are small.
-Many rows should cost their multiplications: without instructions for bf16 they are a fourth to a seventh as fast as in
-fp32, so the weights are widened, in tiles that stay in the cache. docs/log.md has the figures.
+Many rows should cost their multiplications: without instructions for bf16 they are a fourth to a seventh as fast as
+in fp32, so the weights are widened, in tiles that stay in the cache. docs/log.md has the figures.
 """
 
 import platform
