@@ -128,6 +128,14 @@ def test_many_queries(width: int, kv_heads: int, group: int) -> None:
             assert_near(y, attention_reference(query, key, value, scale=0.3, window=window))
 
 
+@pytest.mark.parametrize("window", [1000, 1023, 1024, 1500, None])
+def test_several_blocks_of_queries_with_long_windows(window: int | None) -> None:
+    """Of which each has tiles that are seen in part at both ends."""
+    query, key, value = rows(600, 2, 16), rows(2600, 1, 16), rows(2600, 1, 16)
+    y = in_cpp.causal_attention(query, key, value, scale=0.3, window=window)
+    assert_near(y, attention_reference(query, key, value, scale=0.3, window=window))
+
+
 def test_many_queries_in_bf16() -> None:
     query, key, value = rows(70, 6, 16, BFLOAT), rows(100, 2, 16, BFLOAT), rows(100, 2, 16, BFLOAT)
     y = in_cpp.causal_attention(query, key, value, scale=0.3, window=None)

@@ -20,16 +20,19 @@ using Element = ELEMENT;
 using torch::stable::Tensor;
 using Vector = Floats<WIDEST>::type;
 
-constexpr int TILE = 32;                                 // keys and values at once: they stay in the nearest cache
+// Keys and values at once: they stay in the nearest cache. A small window has few tiles that are seen in part.
+constexpr int TILE = 64, SMALL_TILE = 32, SMALL_WINDOW = 1024;
 constexpr int ACROSS = 2 * WIDEST;                       // queries, each with its heads, side by side in a panel
 constexpr int AT_ONCE = REGISTERS / 2;                   // rows of a product whose sums stay in registers
-constexpr int BLOCK = std::max(16 * ACROSS / GROUP, 1);  // queries, of 16 panels, for which a tile is read once
+constexpr int PANELS = std::clamp(4096 / WIDTH, 8, 32);
+constexpr int BLOCK = std::max(PANELS * ACROSS / GROUP, 1);  // queries, for which a tile is read once
 
 // The numbers of a query stand one below the other.
 struct Panel {
     float query[WIDTH][ACROSS], output[WIDTH][ACROSS];
     Vector largest[2], total[2];
-    int64_t position[ACROSS];
+    int64_t first, last;          // where the first and the last query stand
+    uint32_t after_first[ACROSS];  // how far after the first each does
 };
 
 // c[r] = fade * c[r] + sum_k a(r, k) * b[k], a row of ACROSS numbers each, for r < rows.
@@ -49,30 +52,43 @@ inline void product(A a, const float (*b)[ACROSS], const Vector* fade, float (*c
     }
 }
 
-// The next TILE rows, in fp32; where no more are there, zeros.
-void copy_rows(const Element* from, int64_t stride, int64_t there, float (*to)[WIDTH]) {
-    for (int64_t i = 0; i < TILE; ++i)
+// The next rows, in fp32; where no more are there, zeros.
+template <int rows> void copy_rows(const Element* from, int64_t stride, int64_t there, float (*to)[WIDTH]) {
+    for (int64_t i = 0; i < rows; ++i)
         if (i >= there) std::memset(to[i], 0, sizeof to[i]);
         else widen<WIDTH>(from + i * stride, to[i]);
 }
 
-// A panel's queries and the rows from `tile` on, of which each sees those that it may, or `all`.
+// Scores of rows from `tile` on that a query does not see, because they lie behind it or before its window, count for
+// nothing.
+template <int rows> void hide(const Panel& panel, int64_t tile, int64_t window, float (*scores)[ACROSS]) {
+    using Distances = uint32_t __attribute__((vector_size(4 * WIDEST)));
+    const uint32_t limit = std::min<int64_t>(window, 1 << 30);
+    const Vector hidden = Vector{} + 2 * LOWEST;
+    for (int v = 0; v < 2; ++v) {
+        Distances distance;  // from the row to each query; of what lies behind it a number beyond every window
+        std::memcpy(&distance, panel.after_first + v * WIDEST, sizeof distance);
+        distance += uint32_t(panel.first - tile);
+        for (int i = 0; i < rows; ++i, distance -= 1) {
+            const Vector score = distance < limit ? load(scores[i] + v * WIDEST) : hidden;
+            std::memcpy(scores[i] + v * WIDEST, &score, sizeof score);
+        }
+    }
+}
+
+// A panel's queries and `rows` rows from `tile` on, of which each sees those that it may, or `all`.
+template <int rows>
 void pass(
     Panel& panel, const float (*keys)[WIDTH], const float (*values)[WIDTH], int64_t tile, bool all, int64_t window
 ) {
-    float scores[TILE][ACROSS];
-    product<TILE, WIDTH>([&](int i, int c) { return keys[i][c]; }, panel.query, nullptr, scores);
-    if (!all)
-        for (int i = 0; i < TILE; ++i)
-            for (int q = 0; q < ACROSS; ++q) {
-                const int64_t ahead = panel.position[q] - (tile + i);
-                if (ahead < 0 || ahead >= window) scores[i][q] = 2 * LOWEST;
-            }
+    float scores[rows][ACROSS];
+    product<rows, WIDTH>([&](int i, int c) { return keys[i][c]; }, panel.query, nullptr, scores);
+    if (!all) hide<rows>(panel, tile, window, scores);
     Vector fade[2];
     for (int v = 0; v < 2; ++v) {
         Vector larger = panel.largest[v], added = {};
-        for (int i = 0; i < TILE; ++i) larger = larger_of(larger, load(scores[i] + v * WIDEST));
-        for (int i = 0; i < TILE; ++i) {
+        for (int i = 0; i < rows; ++i) larger = larger_of(larger, load(scores[i] + v * WIDEST));
+        for (int i = 0; i < rows; ++i) {
             const Vector weight = power_of_two<WIDEST>(load(scores[i] + v * WIDEST) - larger);
             added += weight;
             std::memcpy(scores[i] + v * WIDEST, &weight, sizeof weight);
@@ -81,7 +97,7 @@ void pass(
         panel.largest[v] = larger;
         panel.total[v] = panel.total[v] * fade[v] + added;
     }
-    product<WIDTH, TILE>([&](int c, int i) { return values[i][c]; }, scores, fade, panel.output);
+    product<WIDTH, rows>([&](int c, int i) { return values[i][c]; }, scores, fade, panel.output);
 }
 
 // Where the numbers of one KV head and of its queries begin, and how far the next row's are.
@@ -91,7 +107,8 @@ struct Head {
     int64_t query_stride, key_stride, value_stride;
 };
 
-// Queries [first, last), of which the first stands at row `position`.
+// Queries [first, last), of which the first stands at row `position`, and `rows` rows at once.
+template <int rows>
 void attend(
     const Head& head, int64_t first, int64_t last, int64_t position, int64_t window, float scale,
     std::vector<Panel>& panels
@@ -105,23 +122,25 @@ void attend(
         const int64_t q = row % ACROSS;
         // Behind the last query stands the last query.
         const int64_t own = std::min(row, count - 1);
-        panel.position[q] = position + own / GROUP;
+        if (q == 0) panel.first = position + own / GROUP;
+        panel.last = position + own / GROUP;
+        panel.after_first[q] = panel.last - panel.first;
         for (int c = 0; c < WIDTH; ++c) {
             panel.query[c][q] = widened(head.query[place(own) + c]) * scale;
             panel.output[c][q] = 0;
         }
     }
 
-    float keys[TILE][WIDTH], values[TILE][WIDTH];
+    float keys[rows][WIDTH], values[rows][WIDTH];
     const int64_t end = position + last - first;
-    for (int64_t tile = std::max<int64_t>(position - window + 1, 0); tile < end; tile += TILE) {
-        copy_rows(head.keys + tile * head.key_stride, head.key_stride, end - tile, keys);
-        copy_rows(head.values + tile * head.value_stride, head.value_stride, end - tile, values);
+    for (int64_t tile = std::max<int64_t>(position - window + 1, 0); tile < end; tile += rows) {
+        copy_rows<rows>(head.keys + tile * head.key_stride, head.key_stride, end - tile, keys);
+        copy_rows<rows>(head.values + tile * head.value_stride, head.value_stride, end - tile, values);
         for (int64_t p = 0; p < used; ++p) {
-            const int64_t from = panels[p].position[0], to = panels[p].position[ACROSS - 1];
-            if (tile > to || tile + TILE <= from - window + 1) continue;
-            const bool all = tile + TILE <= from + 1 && tile > to - window;
-            pass(panels[p], keys, values, tile, all, window);
+            Panel& panel = panels[p];
+            if (tile > panel.last || tile + rows <= panel.first - window + 1) continue;
+            const bool all = tile + rows <= panel.first + 1 && tile > panel.last - window;
+            pass<rows>(panel, keys, values, tile, all, window);
         }
     }
     for (int64_t row = 0; row < count; ++row) {
@@ -150,7 +169,8 @@ Tensor attention(const Tensor query, const Tensor keys, const Tensor values, dou
                 static_cast<Element*>(output.mutable_data_ptr()) + own * GROUP * WIDTH,
                 query.stride(0), keys.stride(0), values.stride(0)};
             const int64_t first = block * BLOCK, last = std::min(first + BLOCK, count);
-            attend(head, first, last, past + first, window, float(scale) * LOG2_E, panels);
+            const auto run = window < SMALL_WINDOW ? attend<SMALL_TILE> : attend<TILE>;
+            run(head, first, last, past + first, window, float(scale) * LOG2_E, panels);
         }
     }
     return output;

@@ -48,18 +48,30 @@ template <int lanes> inline float maximum(typename Floats<lanes>::type vector) {
     return joined<lanes>(vector, [](auto a, auto b) { return larger_of(a, b); });
 }
 
-// 2^x for x <= 0, to within 3e-7 of it, and 0 below 2^-127.
+// Of the polynomials of this degree that are 1 at 0, the one nearest to 2^x for |x| <= 1/2: within 9e-8.
+template <class Vector> inline Vector power_near_one(Vector x) {
+    Vector power = Vector{} + 1.3264726e-3f;
+    for (const float term : {9.6715138e-3f, 5.5507338e-2f, 2.4022242e-1f, 6.9314698e-1f, 1.f}) power = power * x + term;
+    return power;
+}
+
+// 2^x for x <= 0, to within 3e-7 of it, and 0 below 2^-126 or so.
 template <int lanes> inline typename Floats<lanes>::type power_of_two(typename Floats<lanes>::type x) {
     using Vector = typename Floats<lanes>::type;
     using Numbers = typename Words<lanes>::type;
+#if defined(__AVX512F__)
+    if constexpr (lanes == 16) {
+        Vector whole, power;
+        asm("vrndscaleps $0, %1, %0" : "=v"(whole) : "v"(x));                        // x to the nearest whole number
+        asm("vscalefps %2, %1, %0" : "=v"(power) : "v"(power_near_one(x - whole)), "v"(whole));  // times 2^whole
+        return x < Vector{} - 126.f ? Vector{} : power;
+    }
+#endif
     const Vector least = Vector{} - 127.f, shift = Vector{} + 12582912.f;  // 1.5 * 2^23: added to x, it rounds it
     const Vector number = x - x;  // zero, unless x is none
     x = x < least ? least : x;
-    const Vector whole = x + shift, part = x - (whole - shift);
-    // Of the polynomials of this degree that are 1 at 0, the one nearest to 2^part for |part| <= 1/2: within 9e-8.
-    Vector power = Vector{} + 1.3264726e-3f;
-    for (const float term : {9.6715138e-3f, 5.5507338e-2f, 2.4022242e-1f, 6.9314698e-1f, 1.f})
-        power = power * part + term;
+    const Vector whole = x + shift;
+    const Vector power = power_near_one(x - (whole - shift));
     return (Vector)((Numbers)power + ((Numbers)whole << 23)) + number;
 }
 
