@@ -13,7 +13,8 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from kvell.kernels.choice import reference_wanted
-from kvell.kernels.linear import kept, linear
+from kvell.kernels.linear import linear
+from kvell.kernels.tracing import kept
 
 # On a GPU so few (token, expert) pairs read a copy of their experts' weights: for being told who is chosen the host
 # would have to wait.

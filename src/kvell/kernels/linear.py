@@ -15,6 +15,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from kvell.kernels.choice import reference_wanted
+from kvell.kernels.tracing import kept
 
 # Widening weights takes as long as multiplying so many rows as they are.
 WIDENED_FROM = 8
@@ -70,12 +71,6 @@ _library = torch.library.Library("kvell", "FRAGMENT")
 _library.define("times_row(Tensor weight, Tensor row, Tensor? bias) -> Tensor")
 _library.impl("times_row", _times_row, "CPU")
 torch.library.register_fake("kvell::times_row", lambda weight, row, bias: row.new_empty(len(weight)), lib=_library)
-
-
-def kept(x: Float[Tensor, "*shape"]) -> Float[Tensor, "*shape"]:
-    """The same to torch's compiler, but computed once: it would make elementwise work again for each use of it. What
-    is read by strides must lie in memory."""
-    return x.as_strided(x.shape, x.stride())
 
 
 def _widened(

@@ -27,8 +27,8 @@ from jaxtyping import Float, Int
 from pydantic import Field, PositiveFloat, PositiveInt
 from torch import Tensor
 
-from kvell.kernels.linear import kept
 from kvell.kernels.rotation import rotate, rotate_last
+from kvell.kernels.tracing import kept
 from kvell.layers.part import Part
 
 Fraction = Annotated[float, Field(gt=0, le=1)]
