@@ -75,17 +75,18 @@ class Worker:
         return answer["result"]
 
     def close(self) -> None:
-        """Lets it end, so that it leaves no files behind, and ends it if it does not."""
+        """Lets it end, so that it deletes its temporary files, and kills it if it does not."""
         assert self._process.stdin is not None
         assert self._process.stdout is not None
-        with suppress(BrokenPipeError):
-            self._process.stdin.close()
+        # An answer that nobody waits for any more does not keep it.
+        for stream in (self._process.stdin, self._process.stdout):
+            with suppress(BrokenPipeError):
+                stream.close()
         try:
             self._process.wait(PATIENCE)
         except subprocess.TimeoutExpired:
             self._process.kill()
             self._process.wait()
-        self._process.stdout.close()
         self._complaints.close()
 
     def _last_words(self) -> str:

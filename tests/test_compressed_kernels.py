@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from kvell import Cache
 from kvell.cache import StreamSpec
 from kvell.kernels import compressed as compressed_kernels
+from kvell.kernels import top_k
 from kvell.kernels.compressed import (
     MAX_BLOCK,
     WINDOW_BLOCK,
@@ -80,8 +81,12 @@ def test_top_k_is_that_of_a_stable_sort(width: int, values: int) -> None:
 
 
 @pytest.mark.parametrize(("width", "k"), [(1, 1), (2, 1), (7, 3), (40, 40)])
-def test_top_k_without_sorting_is_that_of_a_stable_sort(width: int, k: int) -> None:
-    """What a step of one token is exported with, ties and numbers that are none among its scores."""
+@pytest.mark.parametrize("few", [True, False])
+def test_top_k_without_sorting_is_that_of_a_stable_sort(
+    few: bool, width: int, k: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What a step of one token is exported with where scores are few, ties and numbers that are none among them."""
+    monkeypatch.setattr(top_k, "COMPARED", 60 * width**2 - (not few))
 
     class Choice(nn.Module):
         def forward(self, scores: Tensor) -> Tensor:
@@ -89,9 +94,10 @@ def test_top_k_without_sorting_is_that_of_a_stable_sort(width: int, k: int) -> N
 
     scores = torch.randint(-2, 2, (60, width)).float()
     scores[:20][torch.rand(20, width) < 0.2] = torch.nan
-    scores[40:][torch.rand(20, width) < 0.2] = float("-inf")
+    for infinite in (torch.inf, -torch.inf):
+        scores[10:][torch.rand(50, width) < 0.2] = infinite
     program = torch.export.export(Choice(), (scores,), strict=False)
-    assert not any("sort" in str(node.target) for node in program.graph.nodes)
+    assert any("sort" in str(node.target) for node in program.graph.nodes) == (not few)
     assert torch.equal(program.module()(scores), top_k_lowest_first(scores, k))
 
 

@@ -369,6 +369,8 @@ def test_sinkhorn_of_what_is_not_a_number(tokens: int) -> None:
         assert expected.isnan().any(dim=(1, 2)).tolist() == [token == 2 for token in range(tokens)]
         found = fast_sinkhorn(logits, 20, 1e-6)
         torch.testing.assert_close(found, expected, atol=2e-5, rtol=2e-5, equal_nan=True)
+    logits[2, 1, 3] = -torch.inf
+    assert_near(fast_sinkhorn(logits, 20, 1e-6), sinkhorn(logits, 20, 1e-6))
 
 
 def test_sinkhorn_that_the_kernel_cannot_compute_is_torchs() -> None:

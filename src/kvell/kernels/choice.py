@@ -93,10 +93,10 @@ def triton_wanted(tensor: Tensor) -> bool:
     return True
 
 
-def cpp_wanted(tensor: Tensor, *, exported: bool = False) -> bool:
-    """Whether a kernel that has a C++ version runs it on `tensor` and others like it. One that torch's compiler knows
-    can be part of what is `exported` too, as a decoding step is that is compiled."""
-    compiling = torch.compiler.is_compiling() and not (exported and torch.compiler.is_exporting())
+def cpp_wanted(tensor: Tensor, *, traceable: bool = False) -> bool:
+    """Whether a kernel that has a C++ version runs it on `tensor` and others like it. `traceable`: torch's compiler
+    knows the operator, so it may also become part of what torch.export traces, a decoding step that is compiled."""
+    compiling = torch.compiler.is_compiling() and not (traceable and torch.compiler.is_exporting())
     return chosen() == "cpp" and tensor.device.type == "cpu" and not compiling
 
 

@@ -30,7 +30,7 @@ def hyper_read(
     if triton_wanted(h):
         from kvell.kernels.triton.hyper_connections import hyper_read as run
     else:
-        run = hyper_read_reference if reference_wanted() else hyper_read_by_columns
+        run = hyper_read_reference if reference_wanted() else hyper_read_fast
     return run(h, weight, base, scale, iterations=iterations, eps=eps, norm_eps=norm_eps)
 
 
@@ -69,7 +69,7 @@ def hyper_read_reference(
     return collapse(pre.sigmoid() + eps, h), 2 * post.sigmoid(), mix
 
 
-def hyper_read_by_columns(
+def hyper_read_fast(
     h: Float[Tensor, "T N C"],
     weight: Float[Tensor, "M NC"],
     base: Float[Tensor, " M"],
@@ -79,8 +79,8 @@ def hyper_read_by_columns(
     eps: float,
     norm_eps: float,
 ) -> tuple[Float[Tensor, "T C"], Float[Tensor, "T N"], Float[Tensor, "T N N"]]:
-    """The tokens are the last dimension of all that is done to the coefficients, and the norm is applied to the few
-    numbers behind the projection instead of the many before it."""
+    """The norm is applied to the few numbers behind the projection instead of the many before it, and Sinkhorn's
+    iterations run over all tokens in few passes."""
     streams = h.shape[1]
     flat = h.flatten(1).float()
     shrink = (torch.linalg.vector_norm(flat, dim=1, keepdim=True).square() / flat.shape[1] + norm_eps).rsqrt()
@@ -93,8 +93,8 @@ def hyper_read_by_columns(
 
 
 def fast_sinkhorn(logits: Float[Tensor, "T N N"], iterations: int, eps: float) -> Float[Tensor, "T N N"]:
-    """`sinkhorn` of all tokens at once."""
-    if cpp_wanted(logits, exported=True):
+    """`sinkhorn`, in C++ where that is wanted, else with the tokens last."""
+    if cpp_wanted(logits, traceable=True):
         from kvell.kernels.cpp import sinkhorn as in_cpp
 
         if in_cpp.takes(logits):
@@ -105,7 +105,7 @@ def fast_sinkhorn(logits: Float[Tensor, "T N N"], iterations: int, eps: float) -
 
 
 def _sinkhorn_by_columns(logits: Float[Tensor, "N N T"], iterations: int, eps: float) -> Float[Tensor, "N N T"]:
-    """In place where no gradients are recorded."""
+    """With the tokens last, in place where no gradients are recorded."""
     halves = [0] + [1, 0] * (iterations - 1)
     mix = logits.softmax(1) + eps
     if torch.is_grad_enabled() or torch.compiler.is_compiling():

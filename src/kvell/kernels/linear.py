@@ -1,7 +1,7 @@
 """Linear projections on the CPU, where torch's own product is far from what the machine allows.
 
 One row, a decoded token, should cost the reading of its weights: torch's matrix-vector product comes close to the
-memory's bandwidth, its matrix product in bf16 to half of it or less, and in fp32 as far where matrices are small.
+memory's bandwidth, its matrix product to half of it or less in bf16, and with small matrices in fp32 too.
 Many rows should cost their multiplications: without instructions for bf16 they are a fourth to a seventh as fast as
 in fp32, so the weights are widened, in tiles that stay in the cache. docs/log.md has the figures.
 """

@@ -5,21 +5,29 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+# So many comparisons of scores, of 45 experts, are cheaper than a sort that a compiled step has to call: of 8 they
+# take 3 microseconds instead of 6, of 64 as long, of 256 five times as long.
+COMPARED = 1 << 11
+
 
 def top_k_lowest_first(scores: Float[Tensor, "*shape N"], k: int) -> Int[Tensor, "*shape k"]:
     """Indices of the k largest scores, largest first; of equal scores the lowest index first."""
     if torch.compiler.is_exporting():
-        return _by_rank(scores, k)
+        comparisons = scores.numel() * scores.shape[-1]
+        if isinstance(comparisons, int) and comparisons <= COMPARED:  # neither, where the number of rows is left open
+            return _by_rank(scores, k)
     return scores.sort(dim=-1, descending=True, stable=True).indices[..., :k]
 
 
 def _by_rank(scores: Float[Tensor, "*shape N"], k: int) -> Int[Tensor, "*shape k"]:
     """The same choice where every score is compared with every other: for the few experts' of a decoded token, whose
     compiled step would have to call a sort."""
-    scores = scores.where(~scores.isnan(), torch.inf)
     places = torch.arange(scores.shape[-1], device=scores.device)
     own, other = scores[..., :, None], scores[..., None, :]
-    ranks = ((other > own) | ((other == own) & (places < places[:, None]))).sum(-1)
+    # What is not a number comes before all others.
+    above = (other > own) | (other.isnan() & ~own.isnan())
+    level = (other == own) | (other.isnan() & own.isnan())
+    ranks = (above | (level & (places < places[:, None]))).sum(-1)
     found = ranks[..., None, :] == places[:k, None]
     return (found * places).sum(-1)
 

@@ -20,7 +20,8 @@ using Element = ELEMENT;
 using torch::stable::Tensor;
 using Vector = Floats<WIDEST>::type;
 
-// Keys and values at once: they stay in the nearest cache. A small window has few tiles that are seen in part.
+// Keys and values at once, few enough for the nearest caches. In a small window most tiles are seen only in part, and
+// what is hidden was computed in vain: smaller tiles.
 constexpr int TILE = 64, SMALL_TILE = 32, SMALL_WINDOW = 1024;
 constexpr int ACROSS = 2 * WIDEST;                       // queries, each with its heads, side by side in a panel
 constexpr int AT_ONCE = REGISTERS / 2;                   // rows of a product whose sums stay in registers
@@ -63,7 +64,7 @@ template <int rows> void copy_rows(const Element* from, int64_t stride, int64_t 
 // nothing.
 template <int rows> void hide(const Panel& panel, int64_t tile, int64_t window, float (*scores)[ACROSS]) {
     using Distances = uint32_t __attribute__((vector_size(4 * WIDEST)));
-    const uint32_t limit = std::min<int64_t>(window, 1 << 30);
+    const uint32_t limit = std::min<int64_t>(window, 1 << 30);  // caches are shorter
     const Vector hidden = Vector{} + 2 * LOWEST;
     for (int v = 0; v < 2; ++v) {
         Distances distance;  // from the row to each query; of what lies behind it a number beyond every window

@@ -68,8 +68,8 @@ template <int lanes> inline typename Floats<lanes>::type power_of_two(typename F
     }
 #endif
     const Vector least = Vector{} - 127.f, shift = Vector{} + 12582912.f;  // 1.5 * 2^23: added to x, it rounds it
-    const Vector number = x - x;  // zero, unless x is none
     x = x < least ? least : x;
+    const Vector number = x - x;  // zero, unless x is none
     const Vector whole = x + shift;
     const Vector power = power_near_one(x - (whole - shift));
     return (Vector)((Numbers)power + ((Numbers)whole << 23)) + number;

@@ -1,9 +1,9 @@
 // Sinkhorn's iterations on every token's matrix of STREAMS x STREAMS, as kernels/hyper_connections.py has them: softmax
 // of each row, then columns and rows divided by their sums in turn. All arithmetic is fp32.
 //
-// A vector holds one place of as many tokens' matrices, so sums of rows and of columns are alike, and a matrix stays
-// in registers from the first iteration to the last. In torch each half of an iteration is an operator or two of its
-// own, on sixteen numbers where a single token is decoded.
+// A vector holds one place of as many tokens' matrices, so sums of rows and of columns are alike, and as far as
+// registers suffice (4 streams with AVX-512) a matrix stays in them from the first iteration to the last. In torch each
+// half of an iteration is an operator or two of its own, on sixteen numbers where a single token is decoded.
 
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
