@@ -13,7 +13,7 @@ demo: $(INSTALLED)
 test: check
 	$(BIN)/python -m pytest --numprocesses logical --maxprocesses 4 --dist loadfile
 
-# Measures Kvell beside transformers and against the machine; QUICK=1 takes about five minutes, without it under forty.
+# Measures Kvell beside transformers and against the machine; QUICK=1 takes four to five minutes, without it under forty.
 bench: $(INSTALLED)
 	$(BIN)/python -m benchmarks $(if $(QUICK),--quick) $(if $(FOLDER),--folder $(FOLDER))
 

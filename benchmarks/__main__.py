@@ -45,7 +45,7 @@ def benchmarks(options: argparse.Namespace) -> dict[str, Callable[[], Section]]:
 
 def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m benchmarks", description=__doc__)
-    parser.add_argument("--quick", action="store_true", help="short contexts, a cut model: about five minutes")
+    parser.add_argument("--quick", action="store_true", help="short contexts, a cut model: four to five minutes")
     parser.add_argument("--only", nargs="+", choices=("small_models", "real_size", "growth", "startup", "gpu"))
     parser.add_argument("--folder", type=Path, help="where the real-size checkpoint is, or is to be kept")
     parser.add_argument("--threads", type=int, default=2)

@@ -153,7 +153,8 @@ def goals_of(found: dict[str, Any], work: dict[str, int], llama: dict[str, Any] 
         goals.append(Goal(2, name, figure, "at least", limit, reason=why if theirs else absent))
     decode = llama["decode"] / ours["decode"] if llama else None
     prefill = llama["prefill"][longest] / ours["prefill"][longest] if llama else None
-    goals.append(Goal(2, "decode beside llama.cpp in bf16", decode, "at least", LLAMA_DECODE, reason=why_not))
+    why = rows if llama else why_not
+    goals.append(Goal(2, "decode beside llama.cpp in bf16", decode, "at least", LLAMA_DECODE, reason=why))
     goals.append(Goal(2, "prefill beside llama.cpp in bf16", prefill, "at least", 1.0, reason=why_not))
     return goals
 

@@ -80,7 +80,19 @@ def added_products_flops(to: list[int], left: list[int], right: list[int], *_: o
     return 2 * left[0] * left[1] * left[2] * right[2]
 
 
+def one_row_flops(matrix: list[int], row: list[int], *_: object, **__: object) -> int:
+    """Of a matrix with a vector."""
+    return 2 * matrix[0] * matrix[1]
+
+
+def one_row_added_flops(to: list[int], matrix: list[int], row: list[int], *_: object, **__: object) -> int:
+    """The same, added to something."""
+    return 2 * matrix[0] * matrix[1]
+
+
 UNKNOWN_TO_TORCH = {
+    torch.ops.aten.mv: one_row_flops,
+    torch.ops.aten.addmv: one_row_added_flops,
     torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: scaled_dot_product_flops,
     torch.ops.aten.baddbmm_: added_products_flops,
 }
