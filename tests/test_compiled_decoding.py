@@ -92,7 +92,7 @@ def test_compiled_code_gives_the_models_logits(kind: str, batches: list[int], fo
 
 def test_a_compiled_step_leaves_sinkhorns_iterations_to_their_kernel(folder: Path) -> None:
     """Traced, they are most of a hyper-connected model's operators."""
-    model = random_model(model_like("deepseek_v4")).compile_decoding(folder=folder)
+    model = random_model(model_like("deepseek_v4"))
     connections = 2 * len(model.config.layers)
     traced = compiling._OneToken(model, lambda left_out: None)
     with torch.no_grad(), kernels.use("cpp", folder):
