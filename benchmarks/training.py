@@ -28,8 +28,9 @@ from kvell.checkpoint import build_empty
 from kvell.config_file import resolve
 from kvell.training.batches import MicroBatch, Piece
 from kvell.training.compiling import compile_parts
+from kvell.training.initialisation import quiet_start
 from kvell.training.losses import Totals, step_loss
-from kvell.training.optimizers import optimizers, quiet_start
+from kvell.training.optimizers import optimizers
 from kvell.training.parallel import clip
 from kvell.training.settings import Losses, Optimizer
 

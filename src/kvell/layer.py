@@ -4,7 +4,7 @@ T tokens of a step, W of them wanted; C hidden size, P width of per-layer embedd
 (T, N, C) with N streams.
 """
 
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from jaxtyping import Float
@@ -14,6 +14,12 @@ from kvell.config import LayerConfig, ModelConfig, NormPlacement
 from kvell.layers.norms import RMSNorm
 from kvell.layers.part import Site
 from kvell.step import Step
+
+
+class Block(Protocol):
+    """An attention or a feed-forward."""
+
+    def output_weights(self) -> tuple[Tensor, ...]: ...
 
 
 class Layer(nn.Module):
@@ -59,6 +65,15 @@ class Layer(nn.Module):
             h = self.per_layer_connection.write(h, self.per_layer_embedding(x, inputs), reading)
         return h if self.layer_scalar is None else h * self.layer_scalar
 
+    def output_weights(self) -> tuple[Tensor, ...]:
+        """What each block's output was last multiplied by before it meets the residual: the weights (1-D) of the norm
+        behind the block where there is one, else the block's own output projections (2-D, or 3-D for experts)."""
+        weights = [*self.attention_frame.output_weights(self.attention)]
+        weights += self.feed_forward_frame.output_weights(self.feed_forward)
+        if self.per_layer_embedding is not None:
+            weights += self.per_layer_embedding.output_weights()
+        return tuple(weights)
+
 
 class Frame(nn.Module):
     """Between the residual and a block: the connection, and the norms before and after the block."""
@@ -75,3 +90,8 @@ class Frame(nn.Module):
 
     def write(self, h: Float[Tensor, "T *C"], y: Float[Tensor, "T C"], reading: Any) -> Float[Tensor, "T *C"]:
         return self.connection.write(h, y if self.output_norm is None else self.output_norm(y), reading)
+
+    def output_weights(self, block: Block) -> tuple[Tensor, ...]:
+        """What `block`'s output was last multiplied by before it reaches the connection."""
+        norm = self.output_norm
+        return block.output_weights() if norm is None or norm.weight is None else (norm.weight,)

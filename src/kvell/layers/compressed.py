@@ -366,6 +366,10 @@ class CompressedAttention(KeepsFp32):
         picks = [own if own is None else own[-count:] for own, count in zip(source.picks, counts, strict=True)]
         return source._replace(picks=picks)
 
+    def output_weights(self) -> tuple[Tensor, ...]:
+        """What the block's output was last multiplied by."""
+        return (self.o_b_proj.weight,)
+
     def init_parameters(self) -> None:
         self.sink.zero_()
 

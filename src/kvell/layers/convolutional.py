@@ -205,6 +205,10 @@ class ConvolutionalAttention(nn.Module):
         y = step.apart(self.attend, query, None if value is None else key, value, wanted=wanted)
         return self.o_proj(y.flatten(1))
 
+    def output_weights(self) -> tuple[Tensor, ...]:
+        """What the block's output was last multiplied by."""
+        return (self.o_proj.weight,)
+
     def compile_kernels(self) -> None:
         """Those in C++: else they are compiled when they are first called."""
         self.attend.compile_kernels(self.q_proj.weight.dtype, self.config.num_heads, self.config.head_dim)

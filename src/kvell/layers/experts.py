@@ -149,6 +149,10 @@ class MixtureFeedForward(nn.Module):
             y = y * self.config.routed_scale
         return y if self.shared_expert is None else y + self.shared_expert(x)
 
+    def output_weights(self) -> tuple[Tensor, ...]:
+        """What the block's output was last multiplied by, in the experts and in the shared one."""
+        return (self.down_proj, *(() if self.shared_expert is None else self.shared_expert.output_weights()))
+
 
 class DenseBesideExpertsFeedForward(nn.Module):
     def __init__(self, config: DenseBesideExperts, site: Site) -> None:
@@ -163,3 +167,8 @@ class DenseBesideExpertsFeedForward(nn.Module):
         dense = self.dense_output_norm(self.dense(self.dense_input_norm(x)))
         routed = self.mixture(self.mixture_input_norm(x), step, router_input=x)
         return dense + self.mixture_output_norm(routed)
+
+    def output_weights(self) -> tuple[Tensor, ...]:
+        """What the block's output was last multiplied by: the norms of both sides."""
+        weights = (self.dense_output_norm.weight, self.mixture_output_norm.weight)
+        return tuple(weight for weight in weights if weight is not None)

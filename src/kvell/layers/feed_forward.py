@@ -78,3 +78,7 @@ class GatedFeedForward(nn.Module):
 
     def forward(self, x: Float[Tensor, "T C"], step: "Step | None" = None) -> Float[Tensor, "T C"]:
         return self.down_proj(self.unit(self.gate_proj(x), self.up_proj(x)))
+
+    def output_weights(self) -> tuple[Tensor, ...]:
+        """What the block's output was last multiplied by."""
+        return (self.down_proj.weight,)

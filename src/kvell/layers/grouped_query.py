@@ -169,6 +169,10 @@ class GroupedQueryAttention(nn.Module):
         y = step.apart(self.attend, query, key, value, wanted=wanted)
         return self.o_proj(self._gate(x, y).flatten(1))
 
+    def output_weights(self) -> tuple[Tensor, ...]:
+        """What the block's output was last multiplied by."""
+        return (self.o_proj.weight,)
+
     def compile_kernels(self) -> None:
         """Those in C++: else they are compiled when they are first called."""
         self.attend.compile_kernels(self.q_proj.weight.dtype, self.config.num_heads, self.config.head_dim)

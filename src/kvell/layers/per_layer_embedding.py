@@ -117,3 +117,8 @@ class PerLayerInjection(nn.Module):
 
     def forward(self, h: Float[Tensor, "T C"], inputs: Float[Tensor, "T P"]) -> Float[Tensor, "T C"]:
         return self.norm(self.projection(self.activation(self.gate_proj(h)) * inputs))
+
+    def output_weights(self) -> tuple[Tensor, ...]:
+        """What the block's output was last multiplied by: the norm's weight."""
+        assert self.norm.weight is not None
+        return (self.norm.weight,)

@@ -25,8 +25,9 @@ from kvell.training.batches import MicroBatch, check_tasks, steps_of
 from kvell.training.compiling import compile_parts
 from kvell.training.corpus import Corpus, read_corpus, unread
 from kvell.training.evaluation import evaluate_tasks, evaluate_texts
+from kvell.training.initialisation import quiet_start
 from kvell.training.losses import Totals, step_loss
-from kvell.training.optimizers import optimizers, quiet_start, rate, rebalance, set_rates
+from kvell.training.optimizers import optimizers, rate, rebalance, set_rates
 from kvell.training.parallel import Processes, clip
 from kvell.training.run import Progress, Run, held
 from kvell.training.settings import NewTokenizer, TrainingConfig

@@ -66,11 +66,3 @@ def rebalance(model: Decoder, loads: Mapping[int, Tensor], bias_rate: float) -> 
     for module in model.modules():
         if isinstance(module, ScoreRouting | MLPRouting) and module.index in loads:
             module.rebalance(loads[module.index], bias_rate)
-
-
-@torch.no_grad()
-def quiet_start(model: Decoder) -> None:
-    """Blocks begin by adding nothing to the residual: the projections that write to it start at zero."""
-    for name, parameter in model.named_parameters():
-        if name.endswith(("o_proj.weight", "o_b_proj.weight", "down_proj.weight", "feed_forward.down_proj")):
-            parameter.zero_()
