@@ -6,7 +6,7 @@ The routers stand in routers.py. A skip expert (ZAYA1) is a class past the last 
 weight * x or nothing. What people get wrong: the routed scale is for the routed experts only, not the shared one.
 """
 
-from typing import TYPE_CHECKING, Literal, Self
+from typing import TYPE_CHECKING, ClassVar, Literal, Self
 
 import torch
 from jaxtyping import Float
@@ -122,6 +122,8 @@ class DenseBesideExperts(Part):
 
 class MixtureFeedForward(nn.Module):
     """`gate_up_proj` holds each expert's gate rows, then its up rows."""
+
+    matrices: ClassVar[tuple[str, ...]] = ("gate_up_proj", "down_proj")
 
     def __init__(self, config: MixtureOfExperts, site: Site) -> None:
         super().__init__()

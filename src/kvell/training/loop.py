@@ -17,8 +17,8 @@ import torch
 from torch import Tensor
 
 from kvell.checkpoint import from_pretrained
-from kvell.checkpoint.loading import available_device
-from kvell.errors import InputError, KvellError
+from kvell.checkpoint.loading import available_device, build_empty
+from kvell.errors import CheckpointError, InputError, KvellError
 from kvell.hardware import set_threads
 from kvell.model import Decoder
 from kvell.training.batches import MicroBatch, check_tasks, steps_of
@@ -27,8 +27,9 @@ from kvell.training.corpus import Corpus, read_corpus, unread
 from kvell.training.evaluation import evaluate_tasks, evaluate_texts
 from kvell.training.initialisation import quiet_start
 from kvell.training.losses import Totals, step_loss
-from kvell.training.optimizers import optimizers, rate, rebalance, set_rates
+from kvell.training.optimizers import described_groups, optimizers, rate, rebalance, set_rates
 from kvell.training.parallel import Processes, clip
+from kvell.training.parameters import check_groups, freeze
 from kvell.training.run import Progress, Run, held
 from kvell.training.settings import NewTokenizer, TrainingConfig
 from kvell.training.stopping import StoppedError, StopRequest, stop_requests
@@ -95,6 +96,7 @@ class Training:
         self.config, self.processes = config, processes
         for stage in config.stages:
             processes.mine(range(stage.micro_batches))
+        check_groups(build_empty(config.model, torch.float32), config.optimizer.parameter_groups)
         self.folder = Run(Path(config.out), config, processes)
         corpus = read_corpus(config.data, skip_bad)
         if corpus.unreadable and processes.is_first:
@@ -110,6 +112,7 @@ class Training:
         if config.compile:
             compile_parts(self.model, processes.device)
         processes.shard(self.model)
+        freeze(self.model, config.optimizer.parameter_groups)
         self.parameters = [parameter for parameter in self.model.parameters() if parameter.requires_grad]
         self.optimizers = optimizers(self.model, config.optimizer)
         self.progress = Progress()
@@ -118,7 +121,13 @@ class Training:
         checkpoint = self.folder.begin(fresh)
         self.folder.hold_to(corpus.digests(), self.tokenizer, goes_on=checkpoint is not None)
         if checkpoint is not None:
+            groups = described_groups(self.optimizers)
             self.progress = self.folder.load(checkpoint, self.model, self.optimizers)
+            if described_groups(self.optimizers) != groups:
+                raise CheckpointError(
+                    f"{checkpoint} was written by a version of Kvell whose rates or weight decay fell on other "
+                    "parameters: give another --out, or discard that run with --fresh"
+                )
             self.saved_step = self.progress.step
 
     def run(self, on_step: Watcher, stop: StopRequest | None = None) -> Outcome:

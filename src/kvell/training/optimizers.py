@@ -10,32 +10,58 @@ from torch.optim import Optimizer as TorchOptimizer
 
 from kvell.layers.routers import MLPRouting, ScoreRouting
 from kvell.model import Decoder
+from kvell.training.muon import StackedMuon
+from kvell.training.parameters import Role, group_of, roles
 from kvell.training.settings import Optimizer, Schedule
 
 
 def optimizers(model: Decoder, settings: Optimizer) -> list[TorchOptimizer]:
-    """One optimizer, or Muon and AdamW, over every parameter that learns; each group knows its full rate."""
-    matrices = [] if settings.kind == "adamw" else hidden_matrices(model)
-    taken = set(map(id, matrices))
-    others = [p for p in model.parameters() if p.requires_grad and id(p) not in taken]
-    made: list[TorchOptimizer] = [
-        AdamW(others, lr=settings.learning_rate, betas=settings.betas, weight_decay=settings.weight_decay)
-    ]
-    if matrices:
-        made.append(Muon(matrices, lr=settings.matrix_learning_rate, weight_decay=settings.matrix_weight_decay))
-    for optimizer in made:
-        for group in optimizer.param_groups:
-            group["full_lr"] = group["lr"]
+    """AdamW, and Muon where it is wanted, over every parameter that learns. What learns at one rate with one decay is
+    one group, which knows its full rate."""
+    groups: dict[type[TorchOptimizer], dict[tuple[float, float], list[nn.Parameter]]] = {}
+    known = roles(model)
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad:
+            by = algorithm(known[name], parameter, settings)
+            how = learning(name, known[name], by, settings)
+            groups.setdefault(by, {}).setdefault(how, []).append(parameter)
+    made: list[TorchOptimizer] = []
+    for by in (AdamW, Muon, StackedMuon):
+        if by in groups:
+            options = [
+                {"params": parameters, "lr": rate, "weight_decay": decay, "full_lr": rate}
+                for (rate, decay), parameters in groups[by].items()
+            ]
+            made.append(AdamW(options, betas=settings.betas) if by is AdamW else by(options))
     return made
 
 
-def hidden_matrices(model: Decoder) -> list[nn.Parameter]:
-    """The weights of linear layers inside the model: neither the tables that tokens look up nor the head, which is
-    one for every token."""
-    head = getattr(model, "head", None)
-    linears = [module for module in model.modules() if isinstance(module, nn.Linear) and module is not head]
-    weights = [module.weight for module in linears]
-    return [weight for weight in weights if isinstance(weight, nn.Parameter) and weight.requires_grad]
+def algorithm(role: Role, parameter: nn.Parameter, settings: Optimizer) -> type[TorchOptimizer]:
+    if settings.kind == "adamw" or role != "hidden matrix":
+        return AdamW
+    return Muon if parameter.dim() == 2 else StackedMuon
+
+
+def learning(name: str, role: Role, by: type[TorchOptimizer], settings: Optimizer) -> tuple[float, float]:
+    """A parameter's full learning rate and its weight decay."""
+    rate, decay = settings.learning_rate, settings.weight_decay
+    if by is not AdamW:
+        rate, decay = settings.matrix_learning_rate, settings.matrix_weight_decay
+    if role not in ("matrix", "hidden matrix"):
+        decay = 0.0
+    group = group_of(name, settings.parameter_groups)
+    if group is None:
+        return rate, decay
+    if group.learning_rate is not None:
+        rate = group.learning_rate
+    if group.learning_rate_scale is not None:
+        rate *= group.learning_rate_scale
+    return rate, decay if group.weight_decay is None else group.weight_decay
+
+
+def described_groups(made: list[TorchOptimizer]) -> list[tuple[float, float]]:
+    """Every group's full rate and decay."""
+    return [(group["full_lr"], group["weight_decay"]) for optimizer in made for group in optimizer.param_groups]
 
 
 def set_rates(made: list[TorchOptimizer], share: float) -> None:
@@ -62,7 +88,10 @@ def rate(schedule: Schedule, step: int, steps: int) -> float:
 
 @torch.no_grad()
 def rebalance(model: Decoder, loads: Mapping[int, Tensor], bias_rate: float) -> None:
-    """Moves the selection biases of routers that have them against the last step's loads, by layer index."""
+    """Moves the selection biases of routers that have them against the last step's loads, by layer index. A router
+    that does not learn keeps its own."""
     for module in model.modules():
-        if isinstance(module, ScoreRouting | MLPRouting) and module.index in loads:
+        if not isinstance(module, ScoreRouting | MLPRouting) or module.index not in loads:
+            continue
+        if any(parameter.requires_grad for parameter in module.parameters()):
             module.rebalance(loads[module.index], bias_rate)

@@ -115,11 +115,43 @@ class Stage(Part):
         return self
 
 
-class Optimizer(Part):
-    """AdamW on every parameter, or Muon on the weight matrices and AdamW on the rest.
+class ParameterGroup(Part):
+    """Parameters whose name matches `pattern` ("*" is anything, dots too) learn otherwise than the rest.
 
-    Muon: Jordan 2024, kellerjordan.github.io/posts/muon. The tables (embedding, head, per-layer embeddings) and
-    everything that is no linear layer's matrix are never Muon's.
+    A rate is stated (`learning_rate`) or multiplies the one that they would have (`learning_rate_scale`);
+    `weight_decay` falls on them whatever they are. `freeze` leaves them as they are: they get no gradients, and no
+    state in the optimizer. A router of which everything is frozen keeps its selection bias too.
+    """
+
+    pattern: Annotated[str, Field(min_length=1)]
+    learning_rate: NonNegativeFloat | None = None
+    learning_rate_scale: NonNegativeFloat | None = None
+    weight_decay: NonNegativeFloat | None = None
+    freeze: bool = False
+
+    @model_validator(mode="after")
+    def _says_one_thing(self) -> Self:
+        rates = (self.learning_rate, self.learning_rate_scale)
+        stated = [value for value in (*rates, self.weight_decay) if value is not None]
+        if self.freeze and stated:
+            raise ValueError("freeze: what is frozen has neither a learning_rate nor a weight_decay")
+        if not self.freeze and not stated:
+            raise ValueError("says nothing: give learning_rate, learning_rate_scale, weight_decay or freeze: true")
+        if None not in rates:
+            raise ValueError("learning_rate and learning_rate_scale: give one of the two")
+        return self
+
+
+class Optimizer(Part):
+    """AdamW on every parameter, or Muon on the matrices inside the model and AdamW on the rest.
+
+    Muon: Jordan 2024, kellerjordan.github.io/posts/muon. It moves the weights of linear layers and of experts, each
+    expert's by itself; never the tables (embedding, per-layer embeddings), the head, and what is no matrix.
+
+    `learning_rate` and `weight_decay` are AdamW's, `matrix_learning_rate` and `matrix_weight_decay` Muon's. Decay
+    falls on matrices alone: not on tables, of which rows that never occur would shrink, nor on norms, biases, sinks,
+    temperatures, scales and hyper-connections. `parameter_groups` say otherwise for some; of those that match a
+    parameter the first one counts.
     """
 
     kind: Literal["adamw", "muon"] = "muon"
@@ -129,6 +161,7 @@ class Optimizer(Part):
     weight_decay: NonNegativeFloat = 0.0
     matrix_weight_decay: NonNegativeFloat = 0.1
     clip: PositiveFloat | None = 1.0
+    parameter_groups: tuple[ParameterGroup, ...] = ()
 
 
 class Schedule(Part):
