@@ -21,7 +21,7 @@ from kvell.cache import Cache, StreamSpecs
 from kvell.config import ModelConfig
 from kvell.draft import DraftBlock
 from kvell.errors import CacheError, InputError, warn, whole_number
-from kvell.kernels.choice import chosen, left_open, use
+from kvell.kernels.choice import Choice, chosen, left_open, use
 from kvell.kernels.heap import keep_freed_memory
 from kvell.kernels.linear import linear
 from kvell.layer import Layer
@@ -349,7 +349,7 @@ class Decoder(nn.Module):
             wanted = step.last() if last_only and index == self._last_writer else None
             mine = inputs[:, index] if inputs is not None else None
             if self.activation_checkpointing and torch.is_grad_enabled() and step.cache is None:
-                h = checkpoint(layer, h, step, mine, wanted, use_reentrant=False)
+                h = checkpoint(layer, h, step, mine, wanted, use_reentrant=False, context_fn=contexts)
             else:
                 h = layer(h, step, mine, wanted)
             if wanted is not None:
@@ -419,6 +419,11 @@ class Decoder(nn.Module):
         if cache is not None:
             cache.warned_of_length = True
         warn(f"{longest} tokens, and the model has {limit} positions: it extrapolates")
+
+
+def contexts() -> tuple[AbstractContextManager[None], AbstractContextManager[None]]:
+    """Under what a layer runs, and runs again in the backward pass: by then a caller's choice of kernels is over."""
+    return nullcontext(), Choice()
 
 
 def sample(tensor: Tensor) -> Shaped[Tensor, " n"]:

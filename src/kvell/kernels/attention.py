@@ -17,6 +17,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 from torch.nn import functional as F
 
+from kvell.kernels.autocast import outside_autocast
 from kvell.kernels.choice import cpp_wanted, reference_wanted, triton_wanted
 
 # Queries per block: large enough to keep the matrix products efficient, small enough to keep memory flat.
@@ -74,6 +75,7 @@ def compile_in_cpp(dtype: torch.dtype, width: int, group: int) -> None:
             attention_operator(dtype, width, group)
 
 
+@outside_autocast
 def attention_reference(
     query: Float[Tensor, "T H D"],
     key: Float[Tensor, "S K D"],

@@ -16,7 +16,7 @@ interpreter (TRITON_INTERPRET=1, set before Triton is first imported). Kernels w
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from contextvars import ContextVar
+from contextvars import ContextVar, Token
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Literal, get_args
@@ -54,6 +54,23 @@ def use(version: Version, folder: str | Path | None = None) -> Iterator[None]:
     finally:
         _version.reset(tokens[0])
         _folder.reset(tokens[1])
+
+
+class Choice:
+    """The choice as it stands when this is made, for blocks of code that run later, or in another thread:
+    `with choice:`, as often as wanted."""
+
+    def __init__(self) -> None:
+        self._stood = _version.get(), _folder.get()
+        self._tokens: list[tuple[Token[Version | None], Token[Path | None]]] = []
+
+    def __enter__(self) -> None:
+        self._tokens.append((_version.set(self._stood[0]), _folder.set(self._stood[1])))
+
+    def __exit__(self, *_: object) -> None:
+        version, folder = self._tokens.pop()
+        _version.reset(version)
+        _folder.reset(folder)
 
 
 def code_folder() -> Path:

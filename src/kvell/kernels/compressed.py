@@ -21,6 +21,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 from torch.nn import functional as F
 
+from kvell.kernels.autocast import outside_autocast
 from kvell.kernels.choice import cpp_wanted, reference_wanted, triton_wanted
 from kvell.kernels.top_k import top_k_of_seen
 
@@ -64,6 +65,7 @@ def compressed_attention(
     return run(query, rows, entries, visible, picks, sink, scale=scale, window=window)
 
 
+@outside_autocast
 def compressed_attention_reference(
     query: Float[Tensor, "n H D"],
     rows: Float[Tensor, "S D"],
@@ -223,6 +225,7 @@ def _streamed(
 
 
 @torch.no_grad()
+@outside_autocast
 def attention_mass(
     query: Float[Tensor, "n H D"],
     rows: Float[Tensor, "S D"],
@@ -233,9 +236,10 @@ def attention_mass(
     scale: float,
     window: int,
 ) -> Float[Tensor, "n E"]:
-    """How much weight all heads together give to each entry where every visible one is attended to."""
+    """How much weight all heads together give to each entry where every visible one is attended to, fp32."""
+    query, rows, entries = query.float(), rows.float(), entries.float()
     masses = [
-        F.pad(far_weights.float().sum(1), (0, len(entries) - far_weights.shape[2]))
+        F.pad(far_weights.sum(1), (0, len(entries) - far_weights.shape[2]))
         for *_, far_weights in _blocks(query, rows, entries, visible, None, sink, scale, window)
     ]
     return torch.cat(masses)
@@ -287,6 +291,7 @@ def _allowed(visible: Int[Tensor, " n"], picks: Int[Tensor, "n P"] | None, entri
     return mask.scatter_(1, torch.where(picks < 0, entries, picks), True)[:, :-1]
 
 
+@outside_autocast
 def index_scores(
     query: Float[Tensor, "n H D"], weights: Float[Tensor, "n H"], keys: Float[Tensor, "E D"]
 ) -> Float[Tensor, "n E"]:

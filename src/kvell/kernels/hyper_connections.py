@@ -13,9 +13,11 @@ from jaxtyping import Float
 from torch import Tensor
 from torch.nn import functional as F
 
+from kvell.kernels.autocast import outside_autocast
 from kvell.kernels.choice import cpp_wanted, reference_wanted, triton_wanted
 
 
+@outside_autocast
 def hyper_read(
     h: Float[Tensor, "T N C"],
     weight: Float[Tensor, "M NC"],
@@ -34,6 +36,7 @@ def hyper_read(
     return run(h, weight, base, scale, iterations=iterations, eps=eps, norm_eps=norm_eps)
 
 
+@outside_autocast
 def hyper_write(
     h: Float[Tensor, "T N C"], y: Float[Tensor, "T C"], post: Float[Tensor, "T N"], mix: Float[Tensor, "T N N"]
 ) -> Float[Tensor, "T N C"]:

@@ -25,6 +25,7 @@ from jaxtyping import Float
 from pydantic import PositiveFloat, PositiveInt
 from torch import Tensor, nn
 
+from kvell.kernels.autocast import outside_autocast
 from kvell.kernels.hyper_connections import collapse, flat_norm, hyper_read, hyper_write
 from kvell.layers.cost import Cost, Weight, per_token, vector
 from kvell.layers.part import Part, Site
@@ -138,6 +139,7 @@ class HyperEnds(KeepsFp32):
     def open(self, x: Float[Tensor, "T C"]) -> Float[Tensor, "T N C"]:
         return x[:, None].repeat(1, self.config.streams, 1)
 
+    @outside_autocast
     def close(self, h: Float[Tensor, "T N C"]) -> Float[Tensor, "T C"]:
         numbers = nn.functional.linear(flat_norm(h, self.norm_eps), self.weight)
         return collapse((numbers * self.scale + self.base).sigmoid() + self.config.eps, h)

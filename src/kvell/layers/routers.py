@@ -11,8 +11,8 @@
                    choose by probability + bias, weights = the unbiased probabilities as they are (ZAYA1, arXiv
                    2605.05365). With a skip expert there is one class more, which computes nothing.
 
-Scores are fp32. Of equal scores the expert of the lowest index is chosen. What people get wrong: weighting by the
-biased score; normalising a single probability to 1.
+Scores are fp32, and autocast does not round what they are made of. Of equal scores the expert of the lowest index is
+chosen. What people get wrong: weighting by the biased score; normalising a single probability to 1.
 
 A router is built with the mixture's number of experts E and top_k k. It returns the weights (T, k) and the experts
 (T, k), where E stands for none, and leaves with `step.observed`, where training asks for it, what balances the load:
@@ -32,6 +32,7 @@ from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveInt
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from kvell.kernels.autocast import outside_autocast
 from kvell.kernels.top_k import top_k_lowest_first
 from kvell.layers.cost import Cost, Weight, linear, norm, together, vector
 from kvell.layers.linear import Linear
@@ -167,8 +168,9 @@ class ScoreRouting(KeepsFp32):
         # Moved by load balancing, not by the loss.
         self.selection_bias = nn.Parameter(torch.zeros(num_experts, dtype=torch.float32), requires_grad=False)
 
+    @outside_autocast
     def forward(self, x: Float[Tensor, "T C"], step: "Step") -> tuple[Float[Tensor, "T k"], Int[Tensor, "T k"]]:
-        logits = self.proj(x).float()
+        logits = self.proj(x.to(self.proj.weight.dtype)).float()
         if self.softcap:
             logits = torch.tanh(logits / self.softcap) * self.softcap
         scores = self.score(logits)
@@ -192,8 +194,9 @@ class HashRouting(nn.Module):
         self.table: Tensor
         self.register_buffer("table", torch.arange(site.vocab_size * top_k).view(-1, top_k) % num_experts)
 
+    @outside_autocast
     def forward(self, x: Float[Tensor, "T C"], step: "Step") -> tuple[Float[Tensor, "T k"], Int[Tensor, "T k"]]:
-        scores = self.score(self.proj(x).float())
+        scores = self.score(self.proj(x.to(self.proj.weight.dtype)).float())
         chosen = self.table[step.tokens]
         return normalised(scores.gather(-1, chosen)).to(x.dtype), chosen
 
@@ -216,8 +219,10 @@ class SoftmaxRouting(nn.Module):
         self.proj = Linear(site.hidden_size, num_experts, bias=False)
         self.expert_scale = nn.Parameter(torch.ones(num_experts))
 
+    @outside_autocast
     def forward(self, x: Float[Tensor, "T C"], step: "Step") -> tuple[Float[Tensor, "T k"], Int[Tensor, "T k"]]:
-        logits = self.proj(self.norm(x) * self.scale * x.shape[-1] ** -0.5)
+        scaled = self.norm(x.to(self.proj.weight.dtype)) * self.scale * x.shape[-1] ** -0.5
+        logits = self.proj(scaled)
         probabilities = logits.softmax(-1, dtype=torch.float32)
         chosen = top_k_lowest_first(probabilities, self.top_k)
         observe(step, self.index, probabilities, chosen)
@@ -242,8 +247,9 @@ class MLPRouting(KeepsFp32):
         self.selection_bias: Tensor
         self.register_buffer("selection_bias", torch.zeros(classes, dtype=torch.float32))
 
+    @outside_autocast
     def forward(self, x: Float[Tensor, "T C"], step: "Step") -> tuple[Float[Tensor, "T k"], Int[Tensor, "T k"]]:
-        state = self.down_proj(x)
+        state = self.down_proj(x.to(self.down_proj.weight.dtype))
         if self.config.state_source is not None:
             state = state + step.rows_left_by(self.config.state_source, ROUTER_STATE) * self.state_scale
         step.leave(self.index, ROUTER_STATE, state)
