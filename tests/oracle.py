@@ -526,7 +526,8 @@ def loss_of(logits: Tensor, tokens: Tensor) -> Tensor:
 def learnt_names(ours: kvell.Decoder, theirs: PreTrainedModel) -> dict[str, str]:
     """Kvell's names of all the parameters that learn: transformers', paired as where the family's files are read."""
     family = FAMILIES[ours.config.family or ""]
-    known = family.placements(ours.config) | family.alternatives(ours.config)
+    layouts = [family.placements(ours.config), *family.alternatives(ours.config)]
+    known = {name: place for layout in layouts for name, place in layout.items()}
     their_names = [name for name, _ in theirs.named_parameters()]
     canonical = family.spelling(their_names, ours.config)
     names = {known[canonical(name)].parameter: name for name in their_names}

@@ -385,7 +385,6 @@ def test_what_a_text_decoder_has_no_use_for_is_left_out_by_rule(tmp_path: Path) 
                 "model.layers.4.self_attn.k_proj.weight": torch.randn(16, 32),
                 "model.layers.4.self_attn.v_proj.weight": torch.randn(16, 32),
                 "model.layers.4.self_attn.k_norm.weight": torch.randn(8),
-                "lm_head.weight": torch.randn(97, 32),
             }
         ),
     )

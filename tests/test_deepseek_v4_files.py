@@ -208,7 +208,7 @@ def test_every_tensor_of_a_released_model_has_its_place(name: str) -> None:
     """Each fills a part of a parameter, of the same shape; together they fill all; and what is stored in fp32, as
     integers, or with scales is what stays so, and nothing else."""
     tensors = stored(builtin(name))
-    files = QuantisedFiles(NamesOnly(tensors), FAMILY.scale_name)  # type: ignore[arg-type]
+    files = QuantisedFiles(NamesOnly(tensors), FAMILY.scale_names)  # type: ignore[arg-type]
     assert sorted(files.scales.values()) == sorted(name for name, (dtype, _) in tensors.items() if dtype == E8)
     config = kvell.ModelConfig.from_pretrained(name)
     assert config.draft is not None

@@ -66,6 +66,39 @@ def test_every_fp8_code_is_its_value_times_the_scale(byte: int, dtype: torch.dty
     assert same(ours.double(), wanted)
 
 
+# Ordinary ones; in the middle of two numbers of bf16 and of fp16 once a code is multiplied, or a last bit beside it;
+# the largest; and what makes products subnormal in fp32.
+FP32_SCALES = [0.1, 1 / 3, 257 / 256, 2049 / 2048, (257 + 2**-15) / 256, 3.4e38, 1.1e-38, 1e-44, 2.0**-149]
+
+
+@every_dtype
+@pytest.mark.parametrize("scale", FP32_SCALES)
+def test_a_code_times_any_fp32_scale_is_rounded_once(scale: float, dtype: torch.dtype) -> None:
+    scales = torch.tensor([[scale]])
+    exact = Fraction(scales.item())
+    for code, value in enumerate(E4M3_VALUES):
+        wanted = math.nan if value is None else rounded(value * exact, dtype)
+        codes = fp8(torch.tensor([[code]]))
+        if math.isfinite(wanted):
+            assert dequantise("w", codes, scales, dtype).item() == wanted
+        else:
+            with pytest.raises(kvell.CheckpointError, match=r"^w: (a code is NaN|a value times its scale)"):
+                dequantise("w", codes, scales, dtype)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_rounding_by_way_of_fp32_would_round_twice(dtype: torch.dtype) -> None:
+    """A product that lies a little above the middle of two numbers, by less than fp32 can say."""
+    bits = {torch.bfloat16: 8, torch.float16: 11}[dtype]
+    middle = 1 + Fraction(1, 2**bits)
+    scale = torch.tensor(float(middle) * 2 / 3).nextafter(torch.tensor(9.0))
+    product = Fraction(scale.item()) * Fraction(3, 2)
+    assert 0 < product - middle < Fraction(1, 2**23)
+    code = E4M3_VALUES.index(Fraction(3, 2))
+    ours = dequantise("w", fp8(torch.tensor([[code]])), scale.view(1, 1), dtype)
+    assert ours.item() == rounded(product, dtype) == float(1 + Fraction(2, 2**bits))
+
+
 @every_dtype
 @every_scale
 def test_an_fp8_code_that_is_nan_or_too_large_is_refused(byte: int, dtype: torch.dtype) -> None:
@@ -175,13 +208,13 @@ QUERY_SCALE, EXPERT_SCALE = QUERY.replace(".weight", ".scale"), EXPERT.replace("
 NORM, BIAS = "model.norm.weight", "model.layers.1.mlp.experts.e_score_correction_bias"
 
 
-def scale_name(name: str) -> str | None:
-    return name.replace(".weight", ".scale")
+def scale_names(name: str) -> tuple[str, ...]:
+    return (name.replace(".weight", ".scale"),)
 
 
 @pytest.fixture
 def _quantised_family(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(FAMILIES, "laguna", replace(laguna_family.FAMILY, scale_name=scale_name))
+    monkeypatch.setitem(FAMILIES, "laguna", replace(laguna_family.FAMILY, scale_names=scale_names))
 
 
 quantised_family = pytest.mark.usefixtures("_quantised_family")
@@ -313,9 +346,16 @@ MISFITS: dict[str, tuple[Change, list[str]]] = {
         [EXPERT, "[160, 64]", "[1, 2]", "[160, 2]"],
     ),
     "scales of another dtype": (
-        lambda t: t.update({QUERY_SCALE: torch.ones(2, 2)}),
-        [QUERY, "torch.float32", "float8_e8m0fnu"],
+        lambda t: t.update({QUERY_SCALE: torch.ones(2, 2, dtype=torch.bfloat16)}),
+        [QUERY, "torch.bfloat16", "torch.float8_e8m0fnu or torch.float32"],
     ),
+    **{
+        f"an fp32 scale of {scale}": (
+            lambda t, scale=scale: t.update({QUERY_SCALE: torch.tensor([[1.0, 1.0], [scale, 1.0]])}),
+            [QUERY, "a scale is no positive finite number"],
+        )
+        for scale in (0.0, -1.0, math.inf, math.nan)
+    },
     "a weight of a wrong shape": (
         lambda t: t.update({QUERY: t[QUERY][:, :159].contiguous()}),
         [QUERY, "[160, 159]", "[160, 160]"],
@@ -430,7 +470,9 @@ TOWERS = {"tower.0.weight": torch.ones(3)}
 def told(folder: Path, noticed: set[str], monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """The warnings of loading with these rules noticed."""
     rules = {"a draft model": drafts, "pictures": towers}
-    family = replace(laguna_family.FAMILY, skip_rules=rules, noticed_rules=frozenset(noticed), scale_name=scale_name)
+    family = replace(
+        laguna_family.FAMILY, skip_rules=rules, noticed_rules=frozenset(noticed), scale_names=scale_names
+    )
     monkeypatch.setitem(FAMILIES, "laguna", family)
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
@@ -487,7 +529,7 @@ def _with_table(monkeypatch: pytest.MonkeyPatch) -> None:
 
     build_empty = loading.build_empty
     monkeypatch.setattr(loading, "build_empty", build)
-    family = replace(laguna_family.FAMILY, placements=placements, scale_name=lambda name: f"{name}_scale")
+    family = replace(laguna_family.FAMILY, placements=placements, scale_names=lambda name: (f"{name}_scale",))
     monkeypatch.setitem(FAMILIES, "laguna", family)
 
 
@@ -512,8 +554,8 @@ def test_integers_stay_integers(stored: torch.dtype, dtype: str | None, tmp_path
 
 @with_table
 def test_a_tensor_is_not_its_own_scales(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(FAMILIES, "laguna", replace(FAMILIES["laguna"], scale_name=scale_name))
-    assert scale_name(TABLE) == TABLE
+    monkeypatch.setitem(FAMILIES, "laguna", replace(FAMILIES["laguna"], scale_names=scale_names))
+    assert scale_names(TABLE) == (TABLE,)
     model = kvell.from_pretrained(tabled(tmp_path, torch.ones(4, 3, dtype=torch.int8)))
     assert torch.equal(dict(model.named_buffers())["norm.table"], torch.ones(4, 3, dtype=torch.int64))
 

@@ -9,7 +9,13 @@ from operator import index
 
 
 class KvellError(Exception):
-    """The base of every error meant for a user: one line that says what is wrong, where, and what would be right."""
+    """The base of every error meant for a user: one line that says what is wrong, where, and what would be right.
+
+    It stays one line whatever a file's names and values hold: what cannot be printed stands as in a Python string.
+    """
+
+    def __init__(self, message: str) -> None:
+        super().__init__("".join(one if one.isprintable() else repr(one)[1:-1] for one in message))
 
 
 class ConfigError(KvellError):

@@ -2,7 +2,7 @@
 used or left out by a named rule. Anything else is an error, so no weight is ever random by accident."""
 
 from collections import Counter, defaultdict
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
 import torch
@@ -19,6 +19,7 @@ from kvell.layers.per_layer_embedding import MAPPED_SHARE, MappedTable
 from kvell.model import Decoder
 
 TABLE = "per_layer_inputs.table.weight"
+EMBEDDING, HEAD = "embedding.weight", "head.weight"
 HUB_FILES = ["*.json", "*.safetensors", "tokenizer*"]
 
 
@@ -49,15 +50,16 @@ def from_pretrained(
     # A family's model that no longer fits the family is stored in Kvell's own form.
     own_form = read_json(folder / "config.json").get("model_type") == "kvell"
     family = None if own_form else FAMILIES[config.family or ""]
-    files = QuantisedFiles(TensorFiles(folder), family.scale_name if family else lambda name: None)
+    files = QuantisedFiles(TensorFiles(folder), family.scale_names if family else lambda name: ())
     if family:
         config = family.adapted(config, files.names())
     with naming(folder):
+        config = keeping_its_head(config, files, family)
         sources, left_out = match(files, config, family)
     if left_out:
         warn(_notice(left_out))
     if dtype is None:
-        dtype = files.dtype(next(iter(sources["embedding.weight"])))
+        dtype = files.dtype(next(iter(sources[EMBEDDING])))
     model = build_empty(config.with_released_rounding() if released_rounding else config, dtype)
     if map_per_layer_table is None:
         map_per_layer_table = device.type == "cpu" and _table_is_large(model)
@@ -107,15 +109,40 @@ def native_placements(config: ModelConfig) -> Placements:
     return {name: Placement(name) for name, _ in build_empty(config, torch.float32).named_tensors()}
 
 
+def keeping_its_head(config: ModelConfig, files: QuantisedFiles, family: Family | None) -> ModelConfig:
+    """The config of what the file holds, where it ties the head to the embedding and the file has a head of its own.
+
+    As transformers has it: a head that equals the embedding to the last bit is tied to it, any other is the model's,
+    and a warning tells of it.
+    """
+    if not config.tied_head:
+        return config
+    canonical = family.spelling(files.names(), config) if family else str
+    wanted = (family.head, family.embedding) if family else (HEAD, EMBEDDING)
+    stored = {plain: name for name in files.names() if (plain := canonical(name)) in wanted}
+    if len(stored) < len(wanted) or files.same(*(stored[plain] for plain in wanted)):
+        return config
+    head, embedding = (stored[plain] for plain in wanted)
+    warn(
+        f"{files.file(head)}: {head} is not {embedding}, though the config ties them (tie_word_embeddings): the model"
+        " keeps the file's head, and is not tied"
+    )
+    return ModelConfig.from_dict(config.model_dump() | {"tied_head": False})
+
+
 def match(
     files: QuantisedFiles, config: ModelConfig, family: Family | None
 ) -> tuple[dict[str, dict[str, Placement]], Counter[str]]:
     """For every parameter the file's tensors that set it, and how many are left out by each rule that is noticed.
 
+    A head whose config ties it stands for the embedding; where both are stored, they are alike (`keeping_its_head`).
     CheckpointError for a tensor nobody wants, for one spelled twice, and for a parameter that is left unset.
     """
     written = family.placements(config) if family else native_placements(config)
-    known = written | (family.alternatives(config) if family else {})
+    layouts = [written, *(family.alternatives(config) if family else ())]
+    known = {name: place for layout in layouts for name, place in layout.items()}
+    if config.tied_head:
+        known[family.head if family else HEAD] = Placement(HEAD)
     sources: dict[str, dict[str, Placement]] = defaultdict(dict)
     seen: dict[Placement, str] = {}
     rules = family.skip_rules if family else {}
@@ -133,22 +160,32 @@ def match(
             raise CheckpointError(f"{files.file(name)}: unexpected tensor {name}: the config has no place for it")
         elif family and rule in family.noticed_rules:
             left_out[rule] += 2 if name in files.scales else 1
-    pieces: dict[str, dict[str, Placement]] = defaultdict(dict)
-    for name, place in known.items():
-        if not place.whole:
-            pieces[place.parameter][name] = place
-    for name, place in written.items():
-        if place in seen or Placement(place.parameter) in seen:
-            continue
-        absent = [piece for piece, where in pieces[place.parameter].items() if where not in seen]
-        if not place.whole or len(absent) == len(pieces[place.parameter]):
-            raise CheckpointError(f"missing tensor {name}")
-        if absent:
-            raise CheckpointError(f"missing tensor {absent[0]}")
-    for parameter, placed in sources.items():
-        if len(placed) > 1 and (twice := [name for name, place in placed.items() if place.whole]):
-            raise CheckpointError(f"{twice[0]} and {next(n for n in placed if n != twice[0])} both set {parameter}")
+    if config.tied_head and (head := sources.pop(HEAD, None)) and EMBEDDING not in sources:
+        sources[EMBEDDING] = dict.fromkeys(head, Placement(EMBEDDING))
+    ways: dict[str, list[dict[Placement, str]]] = defaultdict(list)
+    for layout in layouts:
+        own: dict[str, dict[Placement, str]] = defaultdict(dict)
+        for name, place in layout.items():
+            own[place.parameter][place] = name
+        for parameter, places in own.items():
+            ways[parameter].append(places)
+    for parameter, layouts_of_it in ways.items():
+        _check_complete(sources.get(parameter, {}), layouts_of_it)
     return dict(sources), left_out
+
+
+def _check_complete(placed: Mapping[str, Placement], ways: Sequence[Mapping[Placement, str]]) -> None:
+    """CheckpointError unless a parameter's tensors are all of one way to store it, and of no other."""
+    found = set(placed.values())
+    way = next((way for way in ways if found <= set(way)), None)
+    if way is None:
+        names = sorted(placed, key=lambda name: not placed[name].whole)
+        one = names[0]
+        beside_it = {place for way in ways if placed[one] in way for place in way}
+        other = next(name for name in names if placed[name] not in beside_it)
+        raise CheckpointError(f"{one} and {other} both set {placed[one].parameter}")
+    if absent := [name for place, name in way.items() if place not in found]:
+        raise CheckpointError(f"missing tensor {absent[0]}")
 
 
 def _notice(left_out: Counter[str]) -> str:

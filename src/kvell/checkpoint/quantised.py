@@ -4,19 +4,20 @@
     FP4   weight int8 or uint8 (N, K/2), two e2m1 codes a byte, a scale per 32 of a row (OCP Microscaling Formats (MX)
           Specification v1.0)
 
-value = code * scale, with float8_e8m0fnu scales of 2^(byte - 127), byte 255 for NaN, (blocks of rows, blocks of
-columns); the blocks at the edges may be partial. What people get wrong: the low nibble is the first along K; byte 0
-is the subnormal 2^-127, not zero.
+value = code * scale, scales (blocks of rows, blocks of columns); the blocks at the edges may be partial. Scales are
+powers of two (float8_e8m0fnu: 2^(byte - 127), byte 255 for NaN) or any positive fp32 numbers, which DeepSeek's files
+call `weight_scale_inv`. What people get wrong: the low nibble is the first along K; byte 0 is the subnormal 2^-127,
+not zero; a "scale_inv" is multiplied too.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from kvell.checkpoint.reading import TensorFiles
+from kvell.checkpoint.reading import TensorFiles, same_bits
 from kvell.errors import CheckpointError, naming
 
 FLOATS = (torch.bfloat16, torch.float32, torch.float16, torch.float64)
@@ -52,18 +53,21 @@ FORMATS = {torch.float8_e4m3fn: FP8, torch.int8: FP4, torch.uint8: FP4}
 class QuantisedFiles:
     """The tensors of a directory, quantised weights as what they stand for.
 
-    `scale_name` is the family's. `scales` maps the name of every quantised weight to that of its scales: these belong
-    to the weight, and are no tensors of their own.
+    `scale_names` is the family's. `scales` maps the name of every quantised weight to that of its scales: these
+    belong to the weight, and are no tensors of their own.
     """
 
-    def __init__(self, files: TensorFiles, scale_name: Callable[[str], str | None]) -> None:
-        self._files, self._scale_name = files, scale_name
+    def __init__(self, files: TensorFiles, scale_names: Callable[[str], Sequence[str]]) -> None:
+        self._files, self._scale_names = files, scale_names
         self.scales: dict[str, str] = {}
         stored = set(files.names())
         for name in stored:
-            scale = scale_name(name)
-            if scale is not None and scale != name and scale in stored and files.get(name).dtype in FORMATS:
+            scale = next((scale for scale in self._possible(name) if scale in stored), None)
+            if scale is not None and files.get(name).dtype in FORMATS:
                 self.scales[name] = scale
+
+    def _possible(self, name: str) -> list[str]:
+        return [scale for scale in self._scale_names(name) if scale != name]
 
     def names(self) -> list[str]:
         """The tensors, without scales that belong to one."""
@@ -73,6 +77,12 @@ class QuantisedFiles:
     def file(self, name: str) -> Path:
         """The file that a tensor is in."""
         return self._files.file(name)
+
+    def same(self, one: str, other: str) -> bool:
+        """Whether two tensors are stored alike to the bit, their scales included."""
+        scales = self.scales.get(one), self.scales.get(other)
+        pairs = [(one, other)] if scales == (None, None) else [(one, other), scales]
+        return all(a and b and same_bits(self._files.get(a), self._files.get(b)) for a, b in pairs)
 
     def dtype(self, name: str) -> torch.dtype:
         """The dtype a tensor is stored in. CheckpointError if it is none to compute in."""
@@ -113,8 +123,8 @@ class QuantisedFiles:
             known = ", ".join(str(one).removeprefix("torch.") for one in FLOATS)
             raise CheckpointError(f"{name} is stored as {tensor.dtype}, wanted is one of {known}")
         elif tensor.dtype not in FLOATS:
-            scale = self._scale_name(name)
-            which = f", {scale}, which are missing" if scale not in (None, name) else ""
+            scales = self._possible(name)
+            which = f", {scales[0]}, which are missing" if scales else ""
             raise CheckpointError(
                 f"{name} is stored as {tensor.dtype}, which cannot be read without its scales{which}"
             )
@@ -128,30 +138,50 @@ def _check_shape(name: str, shape: list[int], target: Tensor) -> None:
 def dequantise(name: str, codes: Tensor, scales: Tensor, dtype: torch.dtype) -> Tensor:
     """The values (N, K) of a matrix of codes, each the exact product of code and scale, rounded once to `dtype`.
 
-    CheckpointError, with the matrix's name, for scales of another dtype or number, a scale or a code that is NaN, and
-    a product that is too large for `dtype`.
+    CheckpointError, with the matrix's name, for scales of another dtype or number, a scale that is no positive finite
+    number, a code that is NaN, and a product that is too large for `dtype`.
     """
     coded = FORMATS[codes.dtype]
     (rows, columns), (height, width) = coded.shape(codes), coded.block
     wanted = [-(-rows // height), -(-columns // width)]
-    if scales.dtype != torch.float8_e8m0fnu:
-        raise CheckpointError(f"{name}: its scales are stored as {scales.dtype}, wanted is torch.float8_e8m0fnu")
+    if scales.dtype not in (torch.float8_e8m0fnu, torch.float32):
+        raise CheckpointError(
+            f"{name}: its scales are stored as {scales.dtype}, wanted is torch.float8_e8m0fnu or torch.float32"
+        )
     if list(scales.shape) != wanted:
         shape, found = [rows, columns], list(scales.shape)
         raise CheckpointError(f"{name}, of the shape {shape}, has scales of the shape {found}, wanted is {wanted}")
-    if (scales.view(torch.uint8) == 255).any():
+    powers = scales.dtype == torch.float8_e8m0fnu
+    if powers and (scales.view(torch.uint8) == 255).any():
         raise CheckpointError(f"{name}: a scale is NaN (byte 255)")
-    # In fp32 the product is exact, four bits from 2^-136 on, unless it is too large. Rounding comes after.
-    wide = torch.float64 if dtype == torch.float64 else torch.float32
+    if not powers and not ((scales > 0) & scales.isfinite()).all():
+        raise CheckpointError(f"{name}: a scale is no positive finite number")
+    # With a power of two the product is exact in fp32, four bits from 2^-136 on, unless it is too large; with 24 bits
+    # more it is exact in fp64. Rounding comes after.
+    wide = torch.float32 if powers and dtype != torch.float64 else torch.float64
     values = torch.empty(rows, columns, dtype=dtype)
     for start in range(0, rows, ROWS):
         part = values[start : start + ROWS]
         scale = scales[start // height : -(-(start + len(part)) // height)].to(wide)
         factors = scale.repeat_interleave(width, dim=1)[:, :columns]
         products = coded.decode(codes[start : start + ROWS]).to(wide) * factors
-        extremes = torch.stack(products.aminmax()).to(dtype)
+        part.copy_(products if dtype in (wide, torch.float32) else round_to_odd(products))
+        extremes = torch.stack(part.aminmax())
         if not extremes.isfinite().all():
             what = "a code is NaN" if extremes.isnan().any() else f"a value times its scale is too large for {dtype}"
             raise CheckpointError(f"{name}: {what}")
-        part.copy_(products)
     return values
+
+
+def round_to_odd(values: Tensor) -> Tensor:
+    """fp32 numbers that round to any narrower dtype as the given ones do. torch rounds fp64 to fp32 on the way to
+    bf16 and fp16, and what comes to lie in the middle of two numbers there is rounded a second time.
+
+    Cut off instead, with the last bit set where anything was lost, a number stays on its own side of every middle
+    (S. Boldo, G. Melquiond: When double rounding is odd, 2005).
+    """
+    if values.dtype == torch.float32:
+        return values
+    nearest = values.float()
+    cut = nearest.view(torch.int32) - (nearest.abs() > values.abs()).int()
+    return (cut | (nearest != values).int()).view(torch.float32)

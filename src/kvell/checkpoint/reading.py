@@ -5,9 +5,11 @@ A tensor that is asked for is a view of its file: its bytes come off the disk wh
 
 import ctypes
 import mmap
+from collections import defaultdict
 from pathlib import Path
 from typing import Any
 
+import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
@@ -15,6 +17,8 @@ from kvell.errors import CheckpointError
 from kvell.files import read_json
 
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
+LONGEST_NAME = 255
+COMPARED_AT_ONCE = 2**24
 
 
 class TensorFiles:
@@ -24,24 +28,30 @@ class TensorFiles:
         self._files: dict[str, Path] = {}
         # Kept open: a header names thousands of tensors, and opening a file reads all of it.
         self._opened: dict[Path, Any] = {}
-        if not (folder / INDEX).is_file():
-            single = folder / SINGLE
-            if not single.is_file():
-                raise CheckpointError(f"{folder} holds neither {SINGLE} nor {INDEX}")
+        single = folder / SINGLE
+        # Before the index, which transformers leaves where it was when it saves a model again, in one file.
+        if single.is_file():
             self._files = dict.fromkeys(self._open(single), single)
             return
+        if not (folder / INDEX).is_file():
+            raise CheckpointError(f"{folder} holds neither {SINGLE} nor {INDEX}")
         named = _weight_map(folder / INDEX)
-        for shard in sorted(set(named.values())):
+        wanted: dict[str, set[str]] = defaultdict(set)
+        for name, shard in named.items():
+            wanted[shard].add(name)
+        for shard in sorted(wanted):
+            _check_name(folder / INDEX, shard)
             file = folder / shard
             if not file.is_file():
                 raise CheckpointError(f"{folder}: the shard {shard}, named in {INDEX}, is missing")
             here = self._open(file)
-            wanted = {name for name, where in named.items() if where == shard}
-            if absent := sorted(wanted - here):
+            if absent := sorted(wanted[shard] - here):
                 raise CheckpointError(f"{file} does not hold {absent[0]}, which {INDEX} places there")
-            if twice := sorted(here & self._files.keys()):
-                raise CheckpointError(f"{file} and {self._files[twice[0]]} both hold {twice[0]}")
-            self._files |= dict.fromkeys(here, file)
+            for name in sorted(here & self._files.keys()):
+                # Whatever all ranks have is stored by each of them in some files.
+                if not same_bits(self._tensor(file, name), self.get(name)):
+                    raise CheckpointError(f"{file} and {self._files[name]} both hold {name}, and not the same values")
+            self._files = dict.fromkeys(here, file) | self._files
 
     def names(self) -> list[str]:
         return list(self._files)
@@ -52,7 +62,9 @@ class TensorFiles:
 
     def get(self, name: str) -> Tensor:
         """A tensor, (its shape), as a private view of its file."""
-        file = self._files[name]
+        return self._tensor(self._files[name], name)
+
+    def _tensor(self, file: Path, name: str) -> Tensor:
         try:
             return self._opened[file].get_tensor(name)
         except (SafetensorError, OSError) as error:
@@ -60,6 +72,7 @@ class TensorFiles:
 
     def _open(self, file: Path) -> set[str]:
         """The names of the file's tensors."""
+        _check_inside(file)
         try:
             self._opened[file] = safe_open(file, "pt")
         except (SafetensorError, OSError) as error:
@@ -73,6 +86,38 @@ def _weight_map(index: Path) -> dict[str, str]:
     if not isinstance(named, dict) or not named or not all(isinstance(shard, str) for shard in named.values()):
         raise CheckpointError(f"{index} has no weight_map of tensors to the names of their files")
     return named
+
+
+def _check_name(index: Path, shard: str) -> None:
+    """CheckpointError if an index names as a shard what is no file beside it."""
+    named = shard.isprintable() and shard not in ("", ".", "..") and not set(shard) & set("/\\")
+    if not named or len(shard.encode()) > LONGEST_NAME:
+        raise CheckpointError(
+            f"{index} places tensors in {shard[:LONGEST_NAME]!r}, which is not the name of a file in the same folder"
+        )
+
+
+def _check_inside(file: Path) -> None:
+    """CheckpointError if a file of a folder is a link to one outside it.
+
+    The hub's cache is no exception: models--ORG--NAME/snapshots/REVISION is a folder of links to files in
+    models--ORG--NAME/blobs, so what belongs together there is the whole repository.
+    """
+    folder, real = file.parent.resolve(), file.resolve()
+    inside = folder
+    for parent in folder.parents:
+        if parent.name == "snapshots" and parent.parent.name.startswith("models--"):
+            inside = parent.parent
+    if not real.is_relative_to(inside):
+        raise CheckpointError(f"{file} is a link to {real}, outside {inside}: put the file itself there")
+
+
+def same_bits(one: Tensor, other: Tensor) -> bool:
+    """Whether two tensors are alike in shape, dtype and every bit. They are read as far as they are alike."""
+    if one.shape != other.shape or one.dtype != other.dtype:
+        return False
+    blocks = [tensor.flatten().view(torch.uint8).split(COMPARED_AT_ONCE) for tensor in (one, other)]
+    return all(torch.equal(*pair) for pair in zip(*blocks, strict=True))
 
 
 def read_no_further(tensor: Tensor) -> Tensor:

@@ -369,12 +369,13 @@ def single_experts(config: ModelConfig) -> Placements:
     return placed
 
 
-# The official layout's names, as patterns, for transformers' ones; in this order.
+# The official layout's names, as patterns, for transformers' ones; in this order. Trainers put them behind model.
 OFFICIAL = [
-    (r"^embed\.", "model.embed_tokens."),
-    (r"^head\.", "lm_head."),
+    (r"^(?:model\.)?embed\.", "model.embed_tokens."),
+    (r"^(?:model\.)?head\.", "lm_head."),
     (r"^norm\.", "model.norm."),
-    (r"^hc_head_(\w+)$", r"model.hc_head.hc_\1"),
+    (r"^(?:model\.)?hc_head_(\w+)$", r"model.hc_head.hc_\1"),
+    (r"^(?:model\.)?mtp\.", "mtp."),
     (r"^mtp\.(\d+)\.hc_head_(\w+)$", r"mtp.\1.hc_head.hc_\2"),
     (r"^layers\.", "model.layers."),
     (r"\.attn\.", ".self_attn."),
@@ -415,23 +416,23 @@ def canonical(name: str) -> str:
 
 def without_missing(config: ModelConfig, names: Collection[str]) -> ModelConfig:
     """transformers keeps the draft block in the config, and not its tensors."""
-    if config.draft is None or any(name.startswith("mtp.") for name in names):
+    if config.draft is None or any(_of_a_drafter(name) for name in names):
         return config
     return ModelConfig.from_dict(config.model_dump() | {"draft": None})
 
 
-def scale_name(name: str) -> str | None:
-    """Where the scales of a quantised weight stand in the official layout."""
-    return name.removesuffix("weight") + "scale" if name.endswith(".weight") else None
+def scale_names(name: str) -> tuple[str, ...]:
+    """Where the scales of a quantised weight stand: in the official layout, and in transformers'."""
+    return (name.removesuffix("weight") + "scale", f"{name}_scale_inv") if name.endswith(".weight") else ()
+
+
+def _of_a_drafter(name: str) -> bool:
+    return re.match(r"(model\.)?mtp\.", name) is not None
 
 
 def _drafter(name: str, config: ModelConfig) -> bool:
     """Of a drafter that this model's config does not describe: DSpark's, or a draft block it says it has not."""
-    return config.draft is None and name.startswith("mtp.")
-
-
-def _tied_head(name: str, config: ModelConfig) -> bool:
-    return config.tied_head and canonical(name) == "lm_head.weight"
+    return config.draft is None and _of_a_drafter(name)
 
 
 DRAFTER = "a drafter that is not multi-token prediction"
@@ -442,10 +443,10 @@ FAMILY = Family(
     read_config=read_config,
     write_config=write_config,
     placements=placements,
-    alternatives=single_experts,
+    alternatives=lambda config: [single_experts(config)],
     spelling=spelling,
     adapted=without_missing,
-    scale_name=scale_name,
-    skip_rules={DRAFTER: _drafter, "a head tied to the embedding": _tied_head},
+    scale_names=scale_names,
+    skip_rules={DRAFTER: _drafter},
     noticed_rules=frozenset({DRAFTER}),
 )

@@ -13,7 +13,8 @@ from kvell.layers.part import Part
 
 @dataclass(frozen=True)
 class Placement:
-    """Where a file's tensor stands in the model: a whole parameter, or one expert's part of it, or rows of that."""
+    """Where a file's tensor stands in the model: a whole parameter, or one expert's part of it, or rows of that or
+    of all experts'."""
 
     parameter: str
     expert: int | None = None
@@ -25,7 +26,7 @@ class Placement:
 
     def of(self, parameter: Tensor) -> Tensor:
         part = parameter if self.expert is None else parameter[self.expert]
-        return part if self.rows is None else part[self.rows[0] : self.rows[1]]
+        return part if self.rows is None else part[..., self.rows[0] : self.rows[1], :]
 
 
 Placements = dict[str, Placement]
@@ -40,13 +41,15 @@ class Family:
     read_config     a released config.json -> ModelConfig; ConfigError if it cannot be built
     write_config    ModelConfig -> the released spelling; ConfigError where it has none for this config
     placements      the tensor names that are written, and where each belongs
-    alternatives    further names that are read, for other ways to store the same parameters
+    alternatives    other ways to store the same parameters: the names that are read, and where each belongs
+    embedding       the tensor name in placements of the embedding's weight,
+    head            and of the head's, which a file may hold though its config ties the two
     spelling        the names in a file, and its config -> what turns each of them into the one in placements
     adapted         a config, and the names in its file -> the config of what the file holds
     skip_rules      by name: tensors that a text decoder has no use for, which are left out knowingly
     noticed_rules   names of skip rules: what they leave out is told in a warning, as a user may miss it
-    scale_name      a tensor's name as it stands in the file -> the name of the tensor that would hold its scales, if
-                    it were quantised; None for one that never is
+    scale_names     a tensor's name as it stands in the file -> the names that the tensor of its scales would have, if
+                    it were quantised; none for one that never is
     """
 
     name: str
@@ -54,12 +57,14 @@ class Family:
     read_config: Callable[[Mapping[str, Any]], ModelConfig]
     write_config: Callable[[ModelConfig], dict[str, Any]]
     placements: Callable[[ModelConfig], Placements]
-    alternatives: Callable[[ModelConfig], Placements] = lambda config: {}
+    alternatives: Callable[[ModelConfig], Sequence[Placements]] = lambda config: ()
+    embedding: str = "model.embed_tokens.weight"
+    head: str = "lm_head.weight"
     spelling: Callable[[Collection[str], ModelConfig], Callable[[str], str]] = lambda names, config: str
     adapted: Callable[[ModelConfig, Collection[str]], ModelConfig] = lambda config, names: config
     skip_rules: Mapping[str, SkipRule] = field(default_factory=dict)
     noticed_rules: frozenset[str] = frozenset()
-    scale_name: Callable[[str], str | None] = lambda name: None
+    scale_names: Callable[[str], Sequence[str]] = lambda name: ()
 
 
 _REQUIRED: Any = object()

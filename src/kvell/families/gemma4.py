@@ -58,7 +58,7 @@ def read_config(values: Mapping[str, Any]) -> ModelConfig:
             "norm_eps": text.get("rms_norm_eps", 1e-6),
             "embedding_scale": hidden**0.5,
             "per_layer_embedding": _read_per_layer_embedding(text, activation, vocab_size),
-            "tied_head": text.flag("tie_word_embeddings", True),
+            "tied_head": Released("gemma4", values).flag("tie_word_embeddings", True),
             "logit_softcap": text.get("final_logit_softcapping", None),
             "initializer_range": text.get("initializer_range", 0.02),
             "bos_token_id": text.get("bos_token_id", values.get("bos_token_id")),
@@ -285,10 +285,6 @@ def _dead_keys(name: str, config: ModelConfig) -> bool:
     return config.layers[int(match[1])].attention.kv_source is not None
 
 
-def _tied_head(name: str, config: ModelConfig) -> bool:
-    return config.tied_head and canonical(name) == "lm_head.weight"
-
-
 FAMILY = Family(
     name="gemma4",
     model_types=("gemma4", "gemma4_text"),
@@ -299,6 +295,5 @@ FAMILY = Family(
     skip_rules={
         "towers of other modalities": _tower,
         "keys and values of layers that share another's": _dead_keys,
-        "a head tied to the embedding": _tied_head,
     },
 )

@@ -208,7 +208,24 @@ def fused_experts(config: ModelConfig) -> Placements:
     }
 
 
+def stacked_experts(config: ModelConfig) -> Placements:
+    """mlx's layout: the projections of all experts of a layer in one tensor each, (experts, width out, width in)."""
+    placed = {}
+    for index, layer in enumerate(config.layers):
+        if isinstance(layer.feed_forward, MixtureOfExperts):
+            size, ours = layer.feed_forward.intermediate_size, f"layers.{index}.feed_forward"
+            theirs = f"model.layers.{index}.mlp.switch_mlp"
+            placed[f"{theirs}.gate_proj.weight"] = Placement(f"{ours}.gate_up_proj", rows=(0, size))
+            placed[f"{theirs}.up_proj.weight"] = Placement(f"{ours}.gate_up_proj", rows=(size, 2 * size))
+            placed[f"{theirs}.down_proj.weight"] = Placement(f"{ours}.down_proj")
+    return placed
+
+
 def canonical(name: str) -> str:
+    """The name in `placements`, whichever way the router's bias and the shared expert are spelled. mlx-vlm puts all
+    behind language_model., and the router's matrix into a module of its own."""
+    name = name.removeprefix("language_model.")
+    name = re.sub(r"\.mlp\.gate\.proj\.weight$", ".mlp.gate.weight", name)
     name = name.replace(".mlp.gate.e_score_correction_bias", ".mlp.experts.e_score_correction_bias")
     return name.replace(".mlp.shared_experts.", ".mlp.shared_expert.")
 
@@ -223,7 +240,7 @@ FAMILY = Family(
     read_config=read_config,
     write_config=write_config,
     placements=placements,
-    alternatives=fused_experts,
+    alternatives=lambda config: [fused_experts(config), stacked_experts(config)],
     spelling=lambda names, config: canonical,
     skip_rules={"scales for a quantised cache": _cache_scale},
 )

@@ -344,17 +344,12 @@ def _current(name: str, layers: int) -> str:
     return name
 
 
-def _tied_head(name: str, config: ModelConfig) -> bool:
-    return config.tied_head and name == "lm_head.weight"
-
-
 FAMILY = Family(
     name="zaya",
     model_types=("zaya",),
     read_config=read_config,
     write_config=write_config,
     placements=placements,
-    alternatives=original_experts,
+    alternatives=lambda config: [original_experts(config)],
     spelling=spelling,
-    skip_rules={"a head tied to the embedding": _tied_head},
 )
