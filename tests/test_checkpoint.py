@@ -10,13 +10,28 @@ from pathlib import Path
 
 import pytest
 import torch
-from oracle import FULL, GEMMA4, LAGUNA, SLIDING, gemma4, gemma4_tensors, laguna, laguna_tensors, prompt, write, yarn
+from oracle import (
+    FULL,
+    GEMMA4,
+    LAGUNA,
+    SLIDING,
+    gemma4,
+    gemma4_tensors,
+    laguna,
+    laguna_tensors,
+    logits_without_cache,
+    prompt,
+    write,
+    yarn,
+)
 from safetensors.torch import load_file, save_file
 from test_config import MIXED
 from torch import Tensor
+from transformers import AutoModelForCausalLM, LagunaForCausalLM
 
 import kvell
-from kvell.checkpoint.reading import SINGLE
+from kvell.checkpoint.reading import INDEX, SINGLE
+from kvell.families import FAMILIES
 
 GEMMA_CONFIG = GEMMA4 | {"num_kv_shared_layers": 3, "layer_types": [SLIDING, SLIDING, FULL] * 2}
 LAGUNA_CONFIG = LAGUNA | {"rope_parameters": yarn(attention_factor=1.0)}
@@ -617,3 +632,185 @@ def test_a_moved_checkpoint_is_the_same_model(tmp_path: Path) -> None:
     loaded = kvell.Cache.load(tmp_path / "prompt.cache", two)
     step = torch.tensor([[5]])
     assert torch.equal(one(step, cache=cache), two(step, cache=loaded))
+
+
+# Which files a model's tensors are in.
+
+
+def sharded(folder: Path, tmp_path: Path) -> list[Path]:
+    """Laguna's model in shards; these, in order."""
+    some_model("laguna", tmp_path).save_pretrained(folder, max_shard_bytes=20000)
+    return sorted(folder.glob("model-*.safetensors"))
+
+
+@pytest.mark.parametrize("old_shards", ["still there", "gone"])
+def test_a_single_file_is_the_model_and_an_index_beside_it_is_not_read(old_shards: str, tmp_path: Path) -> None:
+    """As in transformers, which saves a model again in one file, deletes the shards and leaves their index."""
+    folder = tmp_path / "saved"
+    shards = sharded(folder, tmp_path)
+    tensors = load_file(released("laguna", tmp_path / "again") / SINGLE)
+    save_file({name: tensor * 2 for name, tensor in tensors.items()}, folder / SINGLE, {"format": "pt"})
+    if old_shards == "gone":
+        for shard in shards:
+            shard.unlink()
+    assert (folder / INDEX).exists()
+    model = kvell.from_pretrained(folder)
+    assert torch.equal(model.embedding.weight, tensors["model.embed_tokens.weight"] * 2)
+    theirs = LagunaForCausalLM.from_pretrained(folder)
+    assert torch.equal(theirs.model.embed_tokens.weight, model.embedding.weight)
+
+
+def place(folder: Path, name: str) -> None:
+    """Edits an index so that all its tensors are in the file `name`."""
+    index = folder / INDEX
+    values = json.loads(index.read_text())
+    index.write_text(json.dumps(values | {"weight_map": dict.fromkeys(values["weight_map"], name)}))
+
+
+@pytest.mark.parametrize(
+    "name", ["../secret", "/etc/secret", "..", ".", "", "in/here", "a\\b", "a\nb", "a\0b", "a" * 999]
+)
+def test_a_shard_is_the_name_of_a_file_in_the_folder(name: str, tmp_path: Path) -> None:
+    folder = tmp_path / "saved"
+    (first, *_) = sharded(folder, tmp_path)
+    shutil.copy(first, tmp_path / "secret")
+    (folder / "in").mkdir()
+    shutil.copy(first, folder / "in" / "here")
+    place(folder, name)
+    with pytest.raises(
+        kvell.CheckpointError, match=r"which is not the name of a file in the same folder$"
+    ) as refusal:
+        kvell.from_pretrained(folder)
+    assert "\n" not in str(refusal.value)
+    assert str(folder / INDEX) in str(refusal.value)
+
+
+@pytest.mark.parametrize("absolute", [True, False])
+def test_a_link_out_of_the_folder_is_not_followed(absolute: bool, tmp_path: Path) -> None:
+    """Neither of a shard nor of a single file."""
+    single, folder = released("laguna", tmp_path / "single"), tmp_path / "saved"
+    for file in (single / SINGLE, sharded(folder, tmp_path)[0]):
+        outside = tmp_path / f"outside-{file.name}"
+        os.replace(file, outside)
+        file.symlink_to(outside if absolute else Path("..") / outside.name)
+        with pytest.raises(kvell.CheckpointError, match="is a link to") as refusal:
+            kvell.from_pretrained(file.parent)
+        for word in (str(file), str(outside)):
+            assert word in str(refusal.value)
+
+
+def test_links_within_the_folder_and_to_the_folder_are_followed(tmp_path: Path) -> None:
+    folder = tmp_path / "saved"
+    (first, *_) = sharded(folder, tmp_path)
+    os.replace(first, folder / "elsewhere")
+    first.symlink_to("elsewhere")
+    (tmp_path / "linked").symlink_to(folder)
+    assert kvell.from_pretrained(tmp_path / "linked").config == kvell.from_pretrained(folder).config
+
+
+def test_the_hubs_cache_is_a_folder_of_links_and_loads(tmp_path: Path) -> None:
+    """models--ORG--NAME/snapshots/REVISION/file -> ../../blobs/DIGEST; but not into another repository's."""
+    repository, other = tmp_path / "hub" / "models--org--name", tmp_path / "hub" / "models--org--other"
+    snapshot = repository / "snapshots" / "0123abcd"
+    shards = sharded(snapshot, tmp_path)
+    (repository / "blobs").mkdir()
+    for number, file in enumerate([*shards, snapshot / INDEX, snapshot / "config.json"]):
+        os.replace(file, repository / "blobs" / f"digest{number}")
+        file.symlink_to(Path("..") / ".." / "blobs" / f"digest{number}")
+    assert kvell.from_pretrained(snapshot).config.family == "laguna"
+    (other / "blobs").mkdir(parents=True)
+    os.replace(shards[0].resolve(), other / "blobs" / "digest0")
+    shards[0].unlink()
+    shards[0].symlink_to(other / "blobs" / "digest0")
+    with pytest.raises(kvell.CheckpointError, match="is a link to"):
+        kvell.from_pretrained(snapshot)
+
+
+def test_a_tensor_that_two_shards_hold_alike_is_one(tmp_path: Path) -> None:
+    """Some trainers let every rank write what all of them have. So it is in transformers."""
+    folder = tmp_path / "saved"
+    first, second, *_ = sharded(folder, tmp_path)
+    name, tensor = next(iter(load_file(first).items()))
+    save_file(load_file(second) | {name: tensor.clone()}, second, {"format": "pt"})
+    model = kvell.from_pretrained(folder)
+    theirs = LagunaForCausalLM.from_pretrained(folder).eval()
+    with torch.no_grad():
+        torch.testing.assert_close(model(prompt()), logits_without_cache(theirs, prompt()), rtol=0, atol=1e-4)
+
+
+@pytest.mark.parametrize("change", ["one bit", "dtype", "shape"])
+def test_a_tensor_that_two_shards_hold_differently_is_refused(change: str, tmp_path: Path) -> None:
+    folder = tmp_path / "saved"
+    first, second, *_ = sharded(folder, tmp_path)
+    name, tensor = next(iter(load_file(first).items()))
+    bits = tensor.clone().view(torch.int32)
+    bits.view(-1)[-1] ^= 1
+    other = {"one bit": bits.view(torch.float32), "dtype": tensor.double(), "shape": tensor[None].contiguous()}[
+        change
+    ]
+    save_file(load_file(second) | {name: other}, second)
+    with pytest.raises(kvell.CheckpointError, match=r"both hold .*, and not the same values"):
+        kvell.from_pretrained(folder)
+
+
+@pytest.mark.parametrize("prefix", ["_orig_mod.", "module.", "base_model.model."])
+def test_what_a_wrapper_put_before_all_names_is_refused_by_name(prefix: str, tmp_path: Path) -> None:
+    folder = released("laguna", tmp_path)
+    edit(folder, lambda tensors: [tensors.update({prefix + name: tensors.pop(name)}) for name in list(tensors)])
+    with pytest.raises(kvell.CheckpointError, match=f"unexpected tensor {prefix}"):
+        kvell.from_pretrained(folder)
+
+
+def test_a_name_of_several_lines_is_told_in_one(tmp_path: Path) -> None:
+    folder = released("laguna", tmp_path)
+    edit(folder, lambda tensors: tensors.update({"two\nlines\x00\x1b[31m": torch.ones(1)}))
+    with pytest.raises(kvell.CheckpointError) as refusal:
+        kvell.from_pretrained(folder)
+    assert r"two\nlines\x00\x1b[31m" in str(refusal.value)
+
+
+# What a skip rule leaves out is told of, or a text's logits cannot depend on it.
+
+REDUNDANT = {
+    ("gemma4", "towers of other modalities"): {
+        "model.vision_tower.encoder.layers.0.mlp.gate_proj.linear.weight": (4, 4),
+        "model.audio_tower.layers.0.norm.weight": (4,),
+        "embed_vision.embedding_projection.weight": (4, 4),
+        "model.embed_audio.embedding_projection.weight": (4, 4),
+    },
+    ("gemma4", "keys and values of layers that share another's"): {
+        "model.layers.5.self_attn.k_proj.weight": (32, 32),
+        "model.layers.5.self_attn.v_proj.weight": (32, 32),
+        "model.layers.5.self_attn.k_norm.weight": (16,),
+    },
+    ("laguna", "scales for a quantised cache"): {
+        "model.layers.1.self_attn.k_scale": (1,),
+        "model.layers.1.self_attn.v_scale": (1,),
+    },
+}
+
+
+def test_every_rule_that_leaves_tensors_out_in_silence_is_compared_with_transformers_here() -> None:
+    silent = {
+        (family.name, rule)
+        for family in FAMILIES.values()
+        for rule in family.skip_rules
+        if rule not in family.noticed_rules
+    }
+    assert silent == set(REDUNDANT)
+
+
+@pytest.mark.parametrize(("family", "rule"), REDUNDANT)
+@torch.no_grad()
+def test_what_is_left_out_in_silence_changes_no_logits_in_transformers(
+    family: str, rule: str, tmp_path: Path
+) -> None:
+    extra = {name: torch.randn(shape) for name, shape in REDUNDANT[family, rule].items()}
+    if family == "gemma4":
+        theirs, config, tensors = gemma4(GEMMA_CONFIG), GEMMA_CONFIG, gemma4_tensors
+    else:
+        theirs, config, tensors = laguna(LAGUNA_CONFIG), LAGUNA_CONFIG, laguna_tensors
+    folder = write(tmp_path, config, tensors(theirs) | extra)
+    wanted = logits_without_cache(AutoModelForCausalLM.from_pretrained(folder).eval(), prompt())
+    torch.testing.assert_close(wanted, logits_without_cache(theirs, prompt()), rtol=0, atol=0)
+    torch.testing.assert_close(kvell.from_pretrained(folder)(prompt()), wanted, rtol=0, atol=1e-4)

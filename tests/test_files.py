@@ -1,5 +1,6 @@
 """Files that Kvell writes: aligned for mapping, and read by everyone else."""
 
+import os
 from pathlib import Path
 
 import pytest
@@ -7,7 +8,8 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file
 
-from kvell.files import ALIGNMENT, DTYPE_NAMES, save_to
+from kvell.errors import CheckpointError
+from kvell.files import ALIGNMENT, DTYPE_NAMES, read_json, save_to
 
 
 def some_tensors() -> dict[str, torch.Tensor]:
@@ -39,3 +41,23 @@ def test_tensors_are_mapped_as_aligned_as_memory_is(metadata_length: int, tmp_pa
             tensor = file.get_tensor(name)
             wanted = tensor.itemsize if tensor.nbytes % ALIGNMENT else ALIGNMENT
             assert tensor.data_ptr() % wanted == 0, name
+
+
+def test_only_regular_files_are_read_as_json(tmp_path: Path) -> None:
+    """Reading a pipe waits for whoever writes, and a device may have no end."""
+    os.mkfifo(tmp_path / "pipe")
+    (tmp_path / "device").symlink_to("/dev/zero")
+    (tmp_path / "folder").mkdir()
+    for name in ("pipe", "device", "folder"):
+        with pytest.raises(CheckpointError, match=f"{name} is no regular file"):
+            read_json(tmp_path / name)
+
+
+@pytest.mark.parametrize("half", ["\\ud83d", "\\uDE42", "\\uDE42\\ud83d"])
+def test_half_a_character_in_json_is_refused_and_a_pair_is_read(half: str, tmp_path: Path) -> None:
+    file = tmp_path / "config.json"
+    file.write_text('{"a": "\\ud83d\\uDE42"}')
+    assert read_json(file) == {"a": "🙂"}
+    file.write_text(f'{{"a": "{half}"}}')
+    with pytest.raises(CheckpointError, match="surrogates not allowed"):
+        read_json(file)

@@ -39,7 +39,12 @@ DTYPE_NAMES = {
 def read_json(file: Path) -> dict[str, Any]:
     """The object that a JSON file holds. CheckpointError, with the file's name, if it cannot be read."""
     try:
-        values = json.loads(file.read_text("utf-8"))
+        if file.exists() and not file.is_file():  # a pipe would be waited for, and a device has no end
+            raise CheckpointError(f"{file} is no regular file")
+        text = file.read_text("utf-8")
+        values = json.loads(text)
+        if "\\ud" in text.lower():  # half a character, which no name or text can hold
+            json.dumps(values, ensure_ascii=False).encode()
     except FileNotFoundError:
         raise CheckpointError(f"no such file: {file}") from None
     except RecursionError:
