@@ -261,6 +261,14 @@ PLAIN += [[], {}, [1], [None], ["x"], [[1]], {"a": 1}, "line\nline", "\x00", "a"
 
 def any_value(draw: random.Random, old: Any) -> Any:
     """Something else, or something a little different."""
+    try:
+        near = little_different(old)
+    except (OverflowError, ValueError):  # infinity as an integer, an integer of thousands of digits as text
+        near = []
+    return draw.choice(draw.choice([near or PLAIN, PLAIN, RAW]))
+
+
+def little_different(old: Any) -> list[Any]:
     near: list[Any] = []
     if isinstance(old, bool):
         near = [not old, int(old), str(old)]
@@ -274,7 +282,7 @@ def any_value(draw: random.Random, old: Any) -> Any:
         near = [old[:-1], old + old[:1], old[::-1], old * 2, old[:1], dict(enumerate(map(str, old)))]
     elif isinstance(old, dict):
         near = [list(old.items()), dict(list(old.items())[1:]), {**old, "new": 1}, {"inner": old}, list(old)]
-    return draw.choice(draw.choice([near or PLAIN, PLAIN, RAW]))
+    return near
 
 
 def random_place(draw: random.Random, values: Any) -> tuple[Any, Any]:

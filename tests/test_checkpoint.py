@@ -761,12 +761,18 @@ def test_what_a_wrapper_put_before_all_names_is_refused_by_name(prefix: str, tmp
         kvell.from_pretrained(folder)
 
 
-def test_a_name_of_several_lines_is_told_in_one(tmp_path: Path) -> None:
+def test_a_name_of_several_lines_or_none_that_fits_one_is_told_in_one(tmp_path: Path) -> None:
     folder = released("laguna", tmp_path)
     edit(folder, lambda tensors: tensors.update({"two\nlines\x00\x1b[31m": torch.ones(1)}))
     with pytest.raises(kvell.CheckpointError) as refusal:
         kvell.from_pretrained(folder)
     assert r"two\nlines\x00\x1b[31m" in str(refusal.value)
+    edit(folder, lambda tensors: tensors.update({"a" * 10_000: tensors.pop("two\nlines\x00\x1b[31m")}))
+    with pytest.raises(
+        kvell.CheckpointError, match=r"unexpected tensor aaaa.* \.\.\. .*has no place for it$"
+    ) as refusal:
+        kvell.from_pretrained(folder)
+    assert len(str(refusal.value)) < 3000
 
 
 # What a skip rule leaves out is told of, or a text's logits cannot depend on it.

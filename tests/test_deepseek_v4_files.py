@@ -497,6 +497,59 @@ def test_a_quantised_model_is_saved_under_names_that_transformers_reads(tmp_path
     )
 
 
+@pytest.mark.parametrize("unprefixed", [(), ("head.", "mtp."), ("hc_head_", "norm.", "embed.")])
+def test_the_official_names_are_read_behind_model_too(unprefixed: tuple[str, ...], tmp_path: Path) -> None:
+    """As trainers write them, whose decoder is the `model` of something larger; not always all of them."""
+    files, _ = drawn()
+    behind = {name if name.startswith(unprefixed) else f"model.{name}": tensor for name, tensor in files.items()}
+    model, told = loaded_with_warnings(write(tmp_path / "behind", TINY, behind))
+    wanted = kvell.from_pretrained(write(tmp_path / "official", TINY, files), dtype=F32)
+    assert not told
+    assert model.config == wanted.config
+    tensors = dict(wanted.named_tensors())
+    assert all(torch.equal(tensor, tensors[name]) for name, tensor in model.named_tensors())
+
+
+def test_a_name_behind_model_and_without_it_is_the_same_tensor_twice(tmp_path: Path) -> None:
+    files, _ = drawn()
+    files["model.hc_head_fn"] = files["hc_head_fn"].clone()
+    assert "are the same tensor, spelled in two ways" in refused(write(tmp_path, TINY, files))
+
+
+@pytest.mark.parametrize("scale_name", ["scale", "weight_scale_inv"])
+@each_form
+def test_scales_in_fp32_are_any_positive_numbers(form: str, scale_name: str, tmp_path: Path) -> None:
+    """value = code * scale: the same model where they are the powers of two that were stored, three times its numbers
+    where they are three times as large. What is called inverse is multiplied as well."""
+    files, values = drawn(form)
+    scales = {name: tensor.float() for name, tensor in files.items() if tensor.dtype == E8}
+    plain = {name: tensor for name, tensor in files.items() if name not in scales}
+    for factor in (1.0, 3.0):
+        renamed = {name.removesuffix("scale") + scale_name: scale * factor for name, scale in scales.items()}
+        model = kvell.from_pretrained(write(tmp_path / str(factor), FORMS[form], plain | renamed), dtype="float64")
+        scaled = {
+            name: value * factor if name.replace(".weight", ".scale") in scales else value
+            for name, value in values.items()
+        }
+        wanted = values_by_our_names(FORMS[form], scaled)
+        for name, tensor in model.named_tensors():
+            assert torch.equal(tensor.double(), wanted[name].double()), name
+
+
+def test_transformers_names_have_scales_too(tmp_path: Path) -> None:
+    """transformers' own FP8 files: its names, `weight_scale_inv` beside them."""
+    theirs = deepseek_v4(DEEPSEEK_V4)
+    name = "model.layers.1.self_attn.q_b_proj.weight"
+    tensors = theirs.state_dict()
+    codes = torch.randint(0, 0x7F, tuple(tensors[name].shape))
+    scale = torch.tensor([[0.7]])
+    quantised = tensors | {name: fp8(codes), f"{name}_scale_inv": scale}
+    model = kvell.from_pretrained(write(tmp_path, DEEPSEEK_V4, quantised), dtype="float64")
+    wanted = torch.tensor([float(E4M3_VALUES[code] or 0) for code in codes.flatten().tolist()], dtype=torch.float64)
+    loaded = model.layers[1].attention.q_b_proj.weight
+    assert torch.equal(loaded.flatten(), wanted * scale.double().item())
+
+
 # Other drafters
 
 

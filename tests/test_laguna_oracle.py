@@ -26,6 +26,7 @@ from oracle import (
     yarn,
 )
 from shape_checks import unchecked
+from torch import Tensor
 from transformers import LagunaForCausalLM
 
 import kvell
@@ -181,6 +182,49 @@ def test_every_spelling_of_the_tensors_is_read(
     )
     assert any("e_score_correction_bias" in name and tensor.any() for name, tensor in tensors.items())
     assert_same_logits(kvell.from_pretrained(write(tmp_path, released_config(XS2), tensors)), XS2)
+
+
+def stacked_by_mlx(*, prefix: str = "language_model.", router: str = "gate.proj") -> dict[str, Tensor]:
+    """The tensors as mlx's converters write them: the projections of all experts one over the other."""
+    tensors = {}
+    for name, tensor in laguna_tensors(reference(XS2), fused_experts=True, bias_owner="gate").items():
+        layer = f"{prefix}{name.partition('.mlp.')[0]}.mlp"
+        if name.endswith(".experts.gate_up_proj"):
+            gate, up = tensor.chunk(2, dim=1)
+            tensors |= {f"{layer}.switch_mlp.gate_proj.weight": gate, f"{layer}.switch_mlp.up_proj.weight": up}
+        elif name.endswith(".experts.down_proj"):
+            tensors[f"{layer}.switch_mlp.down_proj.weight"] = tensor
+        else:
+            tensors[prefix + name.replace(".mlp.gate.weight", f".mlp.{router}.weight")] = tensor
+    return tensors
+
+
+@pytest.mark.parametrize("router", ["gate", "gate.proj"])
+@pytest.mark.parametrize("prefix", ["", "language_model."])
+def test_experts_stacked_by_projection_behind_language_model_are_read(
+    prefix: str, router: str, tmp_path: Path
+) -> None:
+    tensors = stacked_by_mlx(prefix=prefix, router=router)
+    assert tensors[f"{prefix}model.layers.1.mlp.switch_mlp.gate_proj.weight"].shape == (8, 12, 32)
+    assert f"{prefix}lm_head.weight" in tensors
+    assert_same_logits(kvell.from_pretrained(write(tmp_path, released_config(XS2), tensors)), XS2)
+
+
+@pytest.mark.parametrize("leaf", ["gate_proj", "up_proj", "down_proj"])
+def test_a_stack_of_experts_that_is_missing_or_there_twice_is_named(leaf: str, tmp_path: Path) -> None:
+    tensors = stacked_by_mlx(prefix="")
+    name = f"model.layers.2.mlp.switch_mlp.{leaf}.weight"
+    rest = {other: tensor for other, tensor in tensors.items() if other != name}
+    with pytest.raises(kvell.CheckpointError, match=f"missing tensor .*model.layers.2.mlp.*{leaf}"):
+        kvell.from_pretrained(write(tmp_path / "missing", released_config(XS2), rest))
+    single = f"model.layers.2.mlp.experts.3.{leaf}.weight"
+    twice = tensors | {single: tensors[name][3]}
+    with pytest.raises(kvell.CheckpointError, match=r"both set layers\.2\.feed_forward") as refusal:
+        kvell.from_pretrained(write(tmp_path / "twice", released_config(XS2), twice))
+    assert single in str(refusal.value)
+    wrong = tensors | {name: tensors[name][:, :-1]}
+    with pytest.raises(kvell.CheckpointError, match=f"{name} has the shape"):
+        kvell.from_pretrained(write(tmp_path / "shape", released_config(XS2), wrong))
 
 
 def test_scales_for_a_quantised_cache_are_left_out(tmp_path: Path) -> None:

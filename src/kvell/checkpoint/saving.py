@@ -47,9 +47,10 @@ def save_pretrained(model: Decoder, folder: Path, max_shard_bytes: int) -> None:
 def _move_in(scratch: Path, folder: Path, names: list[str]) -> None:
     """Puts a finished model into its folder so that whatever loads, at any moment, is all old or all new.
 
-    New shards have names of their own: up to here nothing reads them. One rename makes them the model's, that of the
-    index or the single file. Where the config changes with it, the old one goes first and the new one comes last: in
-    between, the folder does not load.
+    New shards have names of their own: up to here nothing reads them. What makes them the model's is one rename, that
+    of the index or the single file, or, where a single file stood before, which is read rather than an index, its
+    removal. Where the config changes with it, the old one goes first and the new one comes last: in between, the
+    folder does not load.
     """
     head, shards = (SINGLE, []) if names == [SINGLE] else (INDEX, names)
     check_places(folder, [*names, head, CONFIG])
