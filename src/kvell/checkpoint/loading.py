@@ -124,8 +124,8 @@ def keeping_its_head(config: ModelConfig, files: QuantisedFiles, family: Family 
         return config
     head, embedding = (stored[plain] for plain in wanted)
     warn(
-        f"{files.file(head)}: {head} is not {embedding}, though the config ties them (tie_word_embeddings): the model"
-        " keeps the file's head, and is not tied"
+        f"{files.file(head)}: {head} is not {embedding}, though the config ties them"
+        f" ({'tie_word_embeddings' if family else 'tied_head'}): the model keeps the file's head, and is not tied"
     )
     return ModelConfig.from_dict(config.model_dump() | {"tied_head": False})
 
