@@ -280,7 +280,7 @@ def test_a_loss_that_is_no_number_stops_the_run_and_keeps_the_last_good_checkpoi
 def test_a_checkpoint_that_cannot_be_written_leaves_the_last_one_and_says_why_in_one_line(
     texts: Path, tmp_path: Path
 ) -> None:
-    """No file may grow beyond a limit, which torch's writer meets as it would a full disk."""
+    """No file may grow beyond a limit, which a writer meets as it would a full disk."""
     limits, out = resource.getrlimit(resource.RLIMIT_FSIZE), tmp_path / "run"
 
     def fill_the_disk_at_seven(report: loop.StepReport) -> None:

@@ -107,6 +107,13 @@ class Processes:
             dist.broadcast_object_list(told, src=0, device=self.device)
         return told[0]
 
+    def told_by_any(self, problem: str | None) -> str | None:
+        """What some process finds wrong, on every process; it waits for all of them to have looked."""
+        told = [problem] * self.count
+        if self.mesh is not None:
+            dist.all_gather_object(told, problem)
+        return next((each for each in told if each is not None), None)
+
     def wait(self) -> None:
         """Until every process has come this far."""
         if self.mesh is not None:

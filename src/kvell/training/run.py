@@ -4,7 +4,7 @@
     training.json                the resolved config
     inputs.json                  what the tokenizer and every document were, by their hashes
     metrics.jsonl                one line a step, one an evaluation
-    checkpoints/step-00000200/   what a run needs to go on (torch.distributed.checkpoint, any number of processes)
+    checkpoints/step-00000200/   what a run needs to go on: progress.json, and tensors as state.py says
     config.json, model.safetensors, tokenizer.json, evaluation.json        a model like any other, and its figures
 
 A checkpoint is written aside and gets its name when it is whole, so a run may be killed at any moment.
@@ -15,7 +15,7 @@ import json
 import os
 import shutil
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -27,16 +27,8 @@ except ImportError:  # Windows has no such locks
 
 import tokenizers
 import torch
-from torch.distributed.checkpoint.api import CheckpointException
-from torch.distributed.checkpoint.state_dict import (
-    StateDictOptions,
-    get_model_state_dict,
-    get_optimizer_state_dict,
-    set_model_state_dict,
-    set_optimizer_state_dict,
-)
-from torch.distributed.checkpoint.state_dict_loader import load as load_state
-from torch.distributed.checkpoint.state_dict_saver import save as save_state
+from pydantic import NonNegativeInt, TypeAdapter, ValidationError
+from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 from torch.optim import Optimizer
 
 from kvell.errors import CheckpointError, InputError
@@ -45,6 +37,7 @@ from kvell.model import Decoder
 from kvell.training.corpus import digest, shown
 from kvell.training.parallel import Processes
 from kvell.training.settings import TrainingConfig, differences
+from kvell.training.state import load_state, save_state
 
 CONFIG, METRICS, CHECKPOINTS, PROGRESS = "training.json", "metrics.jsonl", "checkpoints", "progress.json"
 INPUTS, EVALUATION, LOCK = "inputs.json", "evaluation.json", "run.lock"
@@ -54,10 +47,10 @@ INPUTS, EVALUATION, LOCK = "inputs.json", "evaluation.json", "run.lock"
 class Progress:
     """How far a run has come: steps done, tokens seen, the best evaluation and how many since were no better."""
 
-    step: int = 0
-    tokens: int = 0
+    step: NonNegativeInt = 0
+    tokens: NonNegativeInt = 0
     best: float | None = None
-    since_best: int = 0
+    since_best: NonNegativeInt = 0
 
 
 class Run:
@@ -121,42 +114,53 @@ class Run:
         fails; the last good one stays."""
         parent = self.folder / CHECKPOINTS
         scratch, final = parent / ".saving", parent / f"step-{progress.step:08d}"
+        rank, count = self.processes.rank, self.processes.count
+        self._as_one(final, lambda: self._make_room(scratch))
         try:
-            if self.processes.is_first:
-                shutil.rmtree(scratch, ignore_errors=True)
-                scratch.mkdir(parents=True)
-            self.processes.wait()
-            with quiet():
-                save_state(state_of(model, optimizers), checkpoint_id=scratch)
-            if self.processes.is_first:
-                (scratch / PROGRESS).write_text(json.dumps(asdict(progress)))
-                for file in scratch.iterdir():
-                    with open(file, "rb") as written:
-                        os.fsync(written.fileno())
-                if final.exists():
-                    shutil.rmtree(final)
-                os.replace(scratch, final)
-                for old in self.checkpoints()[: -self.config.checkpoints.keep]:
-                    shutil.rmtree(old)
-            self.processes.wait()
-        except (OSError, CheckpointException, RuntimeError) as error:
+            self._as_one(final, lambda: save_state(scratch, model, optimizers, rank, count))
+            self._as_one(final, lambda: self._name(scratch, final, progress))
+        except CheckpointError:
             shutil.rmtree(scratch, ignore_errors=True)
-            raise CheckpointError(
-                f"could not save to {final}: {reason_of(error)}; what was there is unchanged"
-            ) from None
+            raise
+
+    def _as_one(self, final: Path, act: Callable[[], None]) -> None:
+        """Does what all processes do at the same time. CheckpointError on all of them where one could not."""
+        problem: str | None = None
+        try:
+            act()
+        except OSError as error:
+            problem = str(error)
+        if (problem := self.processes.told_by_any(problem)) is not None:
+            raise CheckpointError(f"could not save to {final}: {problem}; what was there is unchanged")
+
+    def _make_room(self, scratch: Path) -> None:
+        if self.processes.is_first:
+            shutil.rmtree(scratch, ignore_errors=True)
+            scratch.mkdir(parents=True)
+
+    def _name(self, scratch: Path, final: Path, progress: Progress) -> None:
+        """Makes a checkpoint of what all processes have written."""
+        if not self.processes.is_first:
+            return
+        with open(scratch / PROGRESS, "w") as file:
+            file.write(json.dumps(asdict(progress)))
+            file.flush()
+            os.fsync(file.fileno())
+        if final.exists():
+            shutil.rmtree(final)
+        os.replace(scratch, final)
+        for old in self.checkpoints()[: -self.config.checkpoints.keep]:
+            shutil.rmtree(old)
 
     def load(self, path: Path, model: Decoder, optimizers: list[Optimizer]) -> Progress:
         """Puts model and optimizers where a checkpoint left them. CheckpointError for one that is damaged."""
         try:
-            progress = Progress(**json.loads((path / PROGRESS).read_text()))
-            state = state_of(model, optimizers)
-            with quiet():
-                load_state(state, checkpoint_id=path)
-        except (OSError, ValueError, TypeError, CheckpointException, RuntimeError) as error:
-            raise CheckpointError(f"{path} cannot be read: {reason_of(error)}") from None
-        set_model_state_dict(model, state["model"])
-        set_optimizer_state_dict(model, optimizers, state["optimizer"])
-        torch.set_rng_state(state["rng"])
+            progress = TypeAdapter(Progress).validate_json((path / PROGRESS).read_bytes())
+        except ValidationError as error:
+            raise CheckpointError(f"{path / PROGRESS} is damaged: {error.errors()[0]['msg']}") from None
+        except OSError as error:
+            raise CheckpointError(f"{path / PROGRESS} cannot be read: {error}") from None
+        load_state(path, model, optimizers)
         self._forget_metrics_after(progress.step)
         return progress
 
@@ -217,25 +221,6 @@ class Run:
         self._write(METRICS, "".join(f"{line}\n" for line in kept))
 
 
-def reason_of(error: BaseException) -> str:
-    """What went wrong, without the tracebacks of all processes that a CheckpointException shows."""
-    if isinstance(error, CheckpointException) and error.failures:
-        error, _ = next(iter(error.failures.values()))
-    # Where a disk is full, torch's writer fails once more on its way out, with words that say nothing of it.
-    behind = error
-    while not isinstance(behind, OSError) and behind.__context__ is not None:
-        behind = behind.__context__
-    return " ".join(str(behind if isinstance(behind, OSError) else error).split())[:300]
-
-
-def state_of(model: Decoder, optimizers: list[Optimizer]) -> dict[str, Any]:
-    return {
-        "model": get_model_state_dict(model),
-        "optimizer": get_optimizer_state_dict(model, optimizers),
-        "rng": torch.get_rng_state(),
-    }
-
-
 def changes(before: dict[str, str], now: dict[str, str]) -> list[str]:
     """What became of documents, in words."""
     found = {
@@ -274,12 +259,4 @@ def held(folder: Path) -> Iterator[None]:
             raise InputError(f"{folder} is in use by another run: wait for its end, or give another --out") from None
         except OSError as error:
             warnings.warn(f"{folder} cannot be locked ({error.strerror}): let no other run use it", stacklevel=2)
-        yield
-
-
-@contextlib.contextmanager
-def quiet() -> Iterator[None]:
-    """torch's checkpoints warn of running in one process, which is meant."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
         yield
