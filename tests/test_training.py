@@ -211,7 +211,7 @@ def test_gradient_accumulation_of_what_counts_by_tokens_changes_nothing_but_roun
     training = loop.Training(config, loop.Processes.of(torch.device("cpu")), False, False)
     stages = config.stages
     step = next(
-        loop.steps_of(stages, training.training, config.data.tasks, training._encode, training.bos, config.seed)
+        loop.steps_of(stages, training.training, config.data.tasks, training._encode, training.ends.bos, config.seed)
     )
     assert len(step) == 2
     joined = loop.MicroBatch(

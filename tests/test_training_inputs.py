@@ -1,21 +1,23 @@
 """What a run learns from: what cannot be read is said, and a run is held to the texts that it began with; and where
 its metrics go."""
 
+import hashlib
 import os
 import signal
+import warnings
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
-from test_training import config_file, metrics, texts
+from test_training import MIXED, config_file, metrics, texts
 from test_training_stops import signal_at, small, small_values
 
 import kvell
 from kvell import cli
 from kvell.training import loop
 from kvell.training.corpus import read_corpus
-from kvell.training.settings import Data, NewTokenizer
+from kvell.training.settings import Data, NewTokenizer, TextFiles, TrainingConfig, ignored_settings
 from kvell.training.tokens import train_tokenizer
 
 __all__ = ["texts"]
@@ -123,3 +125,154 @@ def test_tensorboard_gets_every_step_s_metrics(texts: Path, tmp_path: Path) -> N
     }
     for name, values in recorded.items():
         assert {event.step: event.value for event in written.Scalars(name)} == pytest.approx(values)
+
+
+def data_of(*paths: Path, held_out: float = 0.05) -> Data:
+    return Data(sources=(TextFiles(paths=tuple(map(str, paths))),), held_out=held_out)
+
+
+USUAL = (
+    *("tinyshakespeare", "shakespeare", "input", "data", "train", "corpus", "text", "books", "book", "pile", "novel"),
+    *("clean", "wiki", "wikitext", "enwik8", "text8", "openwebtext", "c4", "dataset", "all", "full", "merged", "raw"),
+    *("output", "sample", "samples", "stories", "tinystories", "bible", "poems", "lyrics", "code", "source", "names"),
+    *("words", "dump", "articles", "news", "reviews", "chat", "dialogue", "conversations", "my_data", "mydata"),
+    *("training", "train_data", "alice", "moby_dick", "war_and_peace", "file", "document"),
+)
+
+
+def test_a_corpus_of_one_file_has_text_on_both_sides_whatever_its_name(tmp_path: Path) -> None:
+    """The end of it, from a line boundary, is held out; nothing is lost and nothing is on both sides."""
+    text = "To be, or not to be, that is the question:\n" * 2000
+    assert len(set(USUAL)) == 51
+    for name in USUAL:
+        file = tmp_path / f"{name}.txt"
+        file.write_text(text)
+        corpus = read_corpus(data_of(file))
+        (training,), (held_out,) = corpus.training, corpus.held_out
+        assert training.text + held_out.text == text
+        assert held_out.text.startswith("To be")
+        assert len(held_out.text) / len(text) == pytest.approx(0.05, abs=0.01)
+        assert list(corpus.digests()) == [training.name, held_out.name]
+        assert (training.name, held_out.name) == (f"{name}.txt", f"{name}.txt (end)")
+
+
+def test_a_few_files_each_give_their_end_where_no_name_is_drawn(tmp_path: Path) -> None:
+    folder = tmp_path / "few"
+    folder.mkdir()
+    for number in range(6):
+        (folder / f"{number}.txt").write_text(f"line {number}\n" * 300)
+    corpus = read_corpus(data_of(folder))
+    assert len(corpus.training) == len(corpus.held_out) == 6
+
+
+def test_a_name_does_not_hold_out_nearly_all_of_the_text(tmp_path: Path) -> None:
+    """tinyshakespeare.txt is drawn by its name, and the rest is a note."""
+    folder = tmp_path / "data"
+    folder.mkdir()
+    (folder / "note.txt").write_text("a note\n" * 9)
+    drawn = next(name for name in (f"{number}.txt" for number in range(999)) if _drawn(f"data/{name}"))
+    (folder / drawn).write_text("a long text\n" * 9000)
+    corpus = read_corpus(data_of(folder))
+    sizes = [sum(len(document.text) for document in part) for part in (corpus.training, corpus.held_out)]
+    assert sizes[1] / sum(sizes) == pytest.approx(0.05, abs=0.01)
+
+
+def _drawn(name: str) -> bool:
+    return int.from_bytes(hashlib.sha256(name.encode()).digest()[:4], "big") < 0.05 * 2**32
+
+
+def test_many_documents_are_held_out_whole_by_their_names(tmp_path: Path) -> None:
+    folder = tmp_path / "many"
+    folder.mkdir()
+    for number in range(200):
+        (folder / f"{number}.txt").write_text(f"text {number}\n" * 20)
+    corpus = read_corpus(data_of(folder))
+    names = {document.name for document in [*corpus.training, *corpus.held_out]}
+    assert len(names) == 200
+    assert {document.name for document in corpus.held_out} == {name for name in names if _drawn(name)}
+
+
+@pytest.mark.parametrize("text", ["x" * 10_000, "word " * 2000, "\n".join("ab" * 2000 for _ in range(3))])
+def test_text_without_near_line_boundaries_is_cut_where_the_share_says(text: str, tmp_path: Path) -> None:
+    (tmp_path / "input.txt").write_text(text)
+    corpus = read_corpus(data_of(tmp_path / "input.txt", held_out=0.1))
+    assert len(corpus.held_out[0].text) == round(0.1 * len(text))
+
+
+def test_patience_serves_a_corpus_of_one_file(texts: Path, tmp_path: Path) -> None:
+    file = tmp_path / "tinyshakespeare.txt"
+    file.write_bytes((texts / "cmd.txt").read_bytes())
+    changes = {"data": {"sources": [{"kind": "files", "paths": [str(file)]}]}}
+    outcome = loop.train(small(texts, tmp_path / "run", **changes, evaluation={"every": 2, "patience": 9}))
+    assert outcome.evaluation["held_out"]["bytes"] > 100
+    assert sum("held_out" in line for line in metrics(tmp_path / "run")) >= 2
+
+
+def said_in(config: TrainingConfig) -> list[str]:
+    """What a run warns of."""
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        loop.train(config)
+    return [str(warning.message) for warning in caught]
+
+
+def test_a_corpus_too_short_to_hold_anything_out_says_so(texts: Path, tmp_path: Path) -> None:
+    (tmp_path / "input.txt").write_text("some text")
+    data = {"sources": [{"kind": "files", "paths": [str(tmp_path / "input.txt")]}], "held_out": 0.01}
+    said = said_in(small(texts, tmp_path / "run", data=data, evaluation={}))
+    assert [line for line in said if line.startswith("no document is held out, so nothing says how well")]
+    data["held_out"] = 0
+    said = said_in(small(texts, tmp_path / "other" / "run", data=data, evaluation={}))
+    assert not [line for line in said if "held out" in line]
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        (
+            {"schedule": {"warmup": 40}},
+            [
+                "schedule.warmup: 40 steps are not over when the run ends after 6: the learning rate gets no higher "
+                "than 0.15 of what is asked"
+            ],
+        ),
+        (
+            {"optimizer": {"kind": "adamw", "matrix_learning_rate": 5.0, "matrix_weight_decay": 0.3}},
+            ["optimizer.matrix_learning_rate and optimizer.matrix_weight_decay: without effect with kind: adamw"],
+        ),
+        (
+            {"schedule": {"kind": "constant", "warmup": 0, "floor": 0.1, "decay": 0.2}},
+            ["schedule.floor and schedule.decay: without effect with kind: constant"],
+        ),
+        (
+            {"schedule": {"kind": "cosine", "warmup": 0, "decay": 0.2}},
+            ["schedule.decay: without effect with kind: cosine"],
+        ),
+        ({"losses": {"draft": 0.5}}, ["losses.draft: without effect with a model without a draft block"]),
+        ({"losses": {"balance": 0.01}}, ["losses.balance: without effect with a model without experts"]),
+        ({"losses": {"index": 0.5}}, ["losses.index: without effect with a model without an indexer"]),
+        ({"evaluation": {"lengths": [128]}}, ["evaluation.lengths: without effect with no evaluation.tasks"]),
+        ({"schedule": {"warmup": 5}}, []),
+        ({"optimizer": {"kind": "muon", "matrix_weight_decay": 0.3}}, []),
+        ({"model": MIXED, "losses": {"balance": 0.1, "index": 0.5, "draft": 0.5}}, []),
+    ],
+)
+def test_what_a_config_says_without_effect_is_said_once(
+    changes: dict[str, Any], said: list[str], texts: Path, tmp_path: Path
+) -> None:
+    plain = {"schedule": {"warmup": 0}, "losses": {}, "evaluation": {}}
+    assert ignored_settings(small(texts, tmp_path / "run", **{**plain, **changes})) == said
+
+
+def test_a_run_warns_of_each_setting_without_effect_once(
+    texts: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    file = config_file(tmp_path, small_values(texts, tmp_path / "run", schedule={"warmup": 40}, evaluation={}))
+    assert cli.main(["train", str(file)]) == 0
+    assert capfd.readouterr().err.count("warning: schedule.warmup: 40 steps are not over when the run ends") == 1
+
+
+def test_no_recipe_of_ours_says_anything_without_effect() -> None:
+    examples = Path(__file__).parent.parent / "examples"
+    for name in ("mini.yaml", "mini-gqa.yaml"):
+        assert ignored_settings(TrainingConfig.read(examples / name)) == []

@@ -7,18 +7,23 @@ import re
 import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
 import pytest
 import yaml
 from test_training import ADAMW, config_file, in_processes, losses, metrics, run_values, texts
+from tokenizer_kinds import of_bytes, write
+from tokenizers import Regex, pre_tokenizers
 
 import kvell
 from kvell import cli
 from kvell.training import loop
+from kvell.training.corpus import read_corpus
 from kvell.training.run import Run, held
 from kvell.training.settings import TrainingConfig
+from kvell.training.stopping import StoppedError, interruptibly
 
 __all__ = ["texts"]
 
@@ -226,6 +231,7 @@ KILLING = """
 import os, random, signal, sys, time
 from kvell.training import loop
 from kvell.training.settings import TrainingConfig
+from kvell.training.stopping import StoppedError, interruptibly
 
 config, rng = TrainingConfig.read(sys.argv[1]), random.Random(int(sys.argv[2]))
 for attempt in range(13):
@@ -289,3 +295,82 @@ def test_processes_with_pieces_too_short_for_any_entry_equal_one(texts: Path, tm
             in_processes(file, count)
         runs[count] = losses(out)
     assert runs[2] == pytest.approx(runs[1], abs=1e-5)
+
+
+def slow_to_learn(folder: Path) -> dict[str, Any]:
+    """Texts from which a tokenizer is trained for a minute, and what a run says of them."""
+    (folder / "texts.txt").write_text("".join(random.Random(0).choices("abcdefghijklmnopqrstuvwxyz", k=4_000_000)))
+    return {"tokenizer": {"vocab_size": 60_000}, "model": {**SMALL, "vocab_size": 60_000}}
+
+
+def slow_to_encode(folder: Path) -> dict[str, Any]:
+    """A text that a tokenizer encodes for minutes, in one call: its words' pattern is tried in all ways."""
+    (folder / "texts.txt").write_text(("a" * 29 + "bb ") * 2000)
+    tokenizer = of_bytes()
+    tries = pre_tokenizers.Split(Regex("(?:a|aa)+[^a][0-9]"), "isolated")
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence([tries, tokenizer.pre_tokenizer])
+    return {"tokenizer": str(write(tokenizer, folder))}
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize("slow", [slow_to_learn, slow_to_encode])
+def test_a_signal_ends_a_run_that_prepares_its_texts(slow: Any, number: int, tmp_path: Path) -> None:
+    """Within seconds, though the tokenizer's own code lets no signal through; and nothing is left of it."""
+    changes = slow(tmp_path)
+    data = {"sources": [{"kind": "files", "paths": [str(tmp_path / "texts.txt")]}], "held_out": 0}
+    file = config_file(tmp_path, small_values(tmp_path, tmp_path / "run", data=data, evaluation={}, **changes))
+    command = [sys.executable, "-m", "kvell.train", str(file)]
+    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+    try:
+        deadline = time.monotonic() + 120
+        while not (tmp_path / "run" / "run.lock").exists() and time.monotonic() < deadline:
+            time.sleep(0.02)
+        time.sleep(2)  # by then the texts are read, and the tokenizer is at work
+        assert process.poll() is None
+        process.send_signal(number)
+        _, said = process.communicate(timeout=15)
+    finally:
+        process.kill()
+    ending = "interrupted" if number == signal.SIGINT else "stopped"
+    assert process.returncode == (130 if number == signal.SIGINT else 0), said
+    assert said.splitlines()[-1].startswith(f"{ending} after step 0 of 6: ")
+    assert [path.name for path in (tmp_path / "run").iterdir()] == ["run.lock"]
+
+
+def test_reading_can_be_stopped_before_every_file(texts: Path) -> None:
+    def check() -> None:
+        calls.append(0)
+        if len(calls) == 4:
+            raise StoppedError
+
+    calls: list[int] = []
+    data = TrainingConfig.read(config_file(texts.parent, small_values(texts, texts.parent / "run"))).data
+    with pytest.raises(StoppedError):
+        read_corpus(data, False, check)
+
+
+def test_a_run_stopped_while_its_texts_are_read_leaves_what_the_folder_held(
+    texts: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out = tmp_path / "run"
+    loop.train(small(texts, out), on_step=signal_at(5, signal.SIGTERM))
+    before = {file.relative_to(out) for file in out.rglob("*")}
+    read = loop.read_corpus
+
+    def interrupted(*given: Any) -> Any:
+        os.kill(os.getpid(), signal.SIGTERM)
+        return read(*given)
+
+    monkeypatch.setattr(loop, "read_corpus", interrupted)
+    outcome = loop.train(small(texts, out), fresh=True)
+    assert (outcome.reason, outcome.step) == ("stopped", 5)
+    assert {file.relative_to(out) for file in out.rglob("*")} == before
+
+
+def test_what_is_waited_for_returns_and_raises_as_if_it_were_called() -> None:
+    def fail() -> None:
+        raise kvell.InputError("so")
+
+    assert interruptibly(lambda: 7, lambda: None) == 7
+    with pytest.raises(kvell.InputError, match="so"):
+        interruptibly(fail, lambda: None)

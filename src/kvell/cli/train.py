@@ -76,7 +76,13 @@ def _report(outcome: "Outcome", steps: int, as_json: bool) -> None:
         print(json.dumps({**described, "evaluation": outcome.evaluation}, indent=2))
         return
     print(f"{outcome.reason} after step {outcome.step} of {steps}: {outcome.folder}", file=sys.stderr)
-    if (held_out := outcome.evaluation.get("held_out")) is not None:
-        print(f"held-out text: {held_out['bits_per_byte']:.4f} bits per byte", file=sys.stderr)
+    held_out = outcome.evaluation.get("held_out", {})
+    if held_out.get("bits_per_byte") is not None:
+        cut = (
+            f", in pieces of {held_out['in_pieces_of']} tokens, the model's positions"
+            if "in_pieces_of" in held_out
+            else ""
+        )
+        print(f"held-out text: {held_out['bits_per_byte']:.4f} bits per byte{cut}", file=sys.stderr)
     for name, figures in outcome.evaluation.get("tasks", {}).items():
         print(f"{name}: {figures['solved']} of {figures['cases']} solved", file=sys.stderr)

@@ -17,6 +17,7 @@ from kvell.cache import Cache
 from kvell.model import Decoder
 from kvell.training.batches import Encode, drawn
 from kvell.training.settings import Evaluation
+from kvell.training.stopping import nothing
 from kvell.training.tasks import accuracy_by_distance, right_answers
 from kvell.training.tokens import TokenDocument
 
@@ -37,8 +38,11 @@ def nats_of(model: Decoder, ids: Sequence[int] | NDArray[np.int32]) -> Tensor:
     return torch.cat(chunks).double()
 
 
-def nothing() -> None:
-    pass
+def nats_in_pieces(model: Decoder, ids: NDArray[np.int32]) -> list[Tensor]:
+    """What every token but the first costs, in pieces of as many as the model has positions, each of which sees only
+    the tokens of its own piece."""
+    size = model.config.max_positions
+    return [nats_of(model, ids[start : start + size + 1]) for start in range(0, len(ids) - 1, size)]
 
 
 def evaluate_texts(
@@ -48,12 +52,16 @@ def evaluate_texts(
     tokens: int | None = None,
     before_each: Callable[[], None] = nothing,
 ) -> dict[str, Any]:
-    """Bits per byte over documents, each cut at `length`, until `tokens` have been seen; nats a token by position.
+    """Bits per byte over documents, each cut at `length`, until `tokens` have been seen; nats a token by position;
+    and nats of the tokens that end documents.
 
-    A document that is cut counts with the share of its bytes that its share of tokens stands for. `before_each` is
-    called before every document, and may raise to end it.
+    Bits and bytes are those of the same stretch of text, see TokenDocument.measured: `bits_per_byte` is None where
+    there is none. A document longer than the model's positions is evaluated in pieces, which `in_pieces_of` then
+    says. `before_each` is called before every document, and may raise to end it.
     """
-    nats, nbytes, seen = [], 0.0, 0
+    nats: list[Tensor] = []
+    ends: list[float] = []
+    measured, nbytes, seen, count, in_pieces = 0.0, 0, 0, 0, False
     for document in documents:
         before_each()
         if tokens is not None and seen >= tokens:
@@ -61,21 +69,30 @@ def evaluate_texts(
         ids = document.ids[:length]
         if len(ids) < 2:
             continue
-        nats.append(nats_of(model, ids))
-        nbytes += document.nbytes * len(ids) / len(document.ids)
+        pieces = nats_in_pieces(model, ids)
+        nats += pieces
+        in_pieces |= len(pieces) > 1
+        count += 1
         seen += len(ids)
-    bits = sum(float(one.sum()) for one in nats) / math.log(2)
+        costs = torch.cat(pieces)  # the cost of the token at place i is costs[i - 1]
+        first, last, size = document.measured(len(ids))
+        measured += float(costs[first - 1 : last - 1].sum()) if size else 0.0
+        nbytes += size
+        ends += costs[document.text_stop - 1 :].tolist()
     by_position = {}
     for low, high in pairwise(POSITIONS):
         span = torch.cat([one[low:high] for one in nats]) if nats else torch.zeros(0)
         if len(span):
             by_position[f"{low}-{high}"] = {"nats_per_token": float(span.mean()), "tokens": len(span)}
-    return {
-        "bits_per_byte": bits / nbytes if nbytes else None,
-        "documents": len(nats),
+    figures: dict[str, Any] = {
+        "bits_per_byte": measured / math.log(2) / nbytes if nbytes else None,
+        "bytes": nbytes,
+        "documents": count,
         "tokens": sum(len(one) for one in nats),
+        "nats_per_end": sum(ends) / len(ends) if ends else None,
         "loss_by_position": by_position,
     }
+    return figures | ({"in_pieces_of": model.config.max_positions} if in_pieces else {})
 
 
 def evaluate_tasks(

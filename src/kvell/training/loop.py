@@ -6,8 +6,8 @@ goes on as if it had not been: model, optimizers and random state come from the 
 
 import time
 import warnings
-from collections.abc import Callable
-from contextlib import ExitStack
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,22 +18,24 @@ from torch import Tensor
 
 from kvell.checkpoint import from_pretrained
 from kvell.checkpoint.loading import available_device, build_empty
-from kvell.errors import CheckpointError, InputError, KvellError
+from kvell.config import ModelConfig
+from kvell.errors import InputError, KvellError
 from kvell.hardware import set_threads
 from kvell.model import Decoder
 from kvell.training.batches import MicroBatch, check_tasks, steps_of
 from kvell.training.compiling import compile_parts
-from kvell.training.corpus import Corpus, read_corpus, unread
+from kvell.training.corpus import Corpus, Document, read_corpus, shown, unread
+from kvell.training.ends import Ends, put_first
 from kvell.training.evaluation import evaluate_tasks, evaluate_texts
 from kvell.training.initialisation import quiet_start
 from kvell.training.losses import Totals, step_loss
-from kvell.training.optimizers import described_groups, optimizers, rate, rebalance, set_rates
+from kvell.training.optimizers import optimizers, rate, rebalance, set_rates
 from kvell.training.parallel import Processes, clip
 from kvell.training.parameters import check_groups, freeze
 from kvell.training.run import Progress, Run, held
-from kvell.training.settings import NewTokenizer, TrainingConfig
+from kvell.training.settings import NewTokenizer, TrainingConfig, ignored_settings
 from kvell.training.stopping import StoppedError, StopRequest, stop_requests
-from kvell.training.tokens import BOS, EOS, TokenDocument, read_tokenizer, tokenise, train_tokenizer
+from kvell.training.tokens import TokenDocument, check_vocabulary, read_tokenizer, tokenise, train_tokenizer
 from kvell.training.trackers import Tracker, open_trackers
 
 
@@ -84,7 +86,16 @@ def train(
                     problem = error
             if (problem := processes.told_by_first(problem)) is not None:
                 raise problem
-            return Training(config, processes, skip_bad, fresh).run(on_step, stop)
+            if processes.is_first:
+                for line in ignored_settings(config):
+                    warnings.warn(line, stacklevel=2)
+            try:
+                training = Training(config, processes, skip_bad, fresh, stop)
+            except StoppedError:
+                return Outcome(
+                    stop.reason, Run(Path(config.out), config, processes).steps_saved(), Path(config.out), {}
+                )
+            return training.run(on_step, stop)
     finally:
         processes.leave()
 
@@ -92,21 +103,25 @@ def train(
 class Training:
     """A run's parts, put together."""
 
-    def __init__(self, config: TrainingConfig, processes: Processes, skip_bad: bool, fresh: bool) -> None:
+    def __init__(
+        self,
+        config: TrainingConfig,
+        processes: Processes,
+        skip_bad: bool,
+        fresh: bool,
+        stop: StopRequest | None = None,
+    ) -> None:
+        """StoppedError where that is asked for before the texts are read; what the folder holds then stays."""
         self.config, self.processes = config, processes
         for stage in config.stages:
             processes.mine(range(stage.micro_batches))
         check_groups(build_empty(config.model, torch.float32), config.optimizer.parameter_groups)
         self.folder = Run(Path(config.out), config, processes)
-        corpus = read_corpus(config.data, skip_bad)
-        if corpus.unreadable and processes.is_first:
-            warnings.warn(f"left out: {unread(corpus.unreadable)}", stacklevel=2)
-        if config.evaluation.patience is not None and not corpus.held_out:
-            raise InputError("evaluation.patience: no document is held out to be patient with; raise data.held_out")
-        self.tokenizer = self._make_tokenizer(corpus)
-        self.bos = self.tokenizer.token_to_id(BOS)
-        check_tasks(config, self._encode, self.bos)
-        self.training, self.held_out = (self._ids_of(part) for part in (corpus.training, corpus.held_out))
+        stop = stop or StopRequest()
+        with suppress(StoppedError):  # the others learn of it below
+            digests = self._read(skip_bad, stop)
+        if processes.any(stop.is_set):
+            raise StoppedError
         torch.manual_seed(config.seed)
         self.model = self._make_model().to(processes.device)
         if config.compile:
@@ -119,16 +134,64 @@ class Training:
         self.saved_step = 0  # before the first step there is nothing to save
         # Only now, when it is known that the run can be, is an older one discarded.
         checkpoint = self.folder.begin(fresh)
-        self.folder.hold_to(corpus.digests(), self.tokenizer, goes_on=checkpoint is not None)
+        self.folder.hold_to(digests, self.tokenizer, goes_on=checkpoint is not None)
         if checkpoint is not None:
-            groups = described_groups(self.optimizers)
             self.progress = self.folder.load(checkpoint, self.model, self.optimizers)
-            if described_groups(self.optimizers) != groups:
-                raise CheckpointError(
-                    f"{checkpoint} was written by a version of Kvell whose rates or weight decay fell on other "
-                    "parameters: give another --out, or discard that run with --fresh"
-                )
             self.saved_step = self.progress.step
+
+    def _read(self, skip_bad: bool, stop: StopRequest) -> dict[str, str]:
+        """Reads the corpus and makes tokens of it; the documents' hashes by their names. StoppedError where that is
+        asked for meanwhile."""
+        config = self.config
+        corpus = read_corpus(config.data, skip_bad, stop.check)
+        if corpus.unreadable:
+            self._warn(f"left out: {unread(corpus.unreadable)}")
+        self._check_held_out(corpus.held_out)
+        self.tokenizer = self._make_tokenizer(corpus, stop)
+        check_vocabulary(self.tokenizer, config.model.vocab_size)
+        if isinstance(config.tokenizer, NewTokenizer):
+            self.ends = Ends.of_new(self.tokenizer)
+        else:
+            self.ends = Ends.of(self.tokenizer, Path(config.tokenizer), config.model)
+            put_first(self.tokenizer, self.ends.bos)
+        if self.ends.eos is None:
+            self._warn(
+                f"nothing ends a document: {config.tokenizer} names no eos_token, nor does the config name "
+                "model.eos_token_ids, so the model does not learn where a text ends"
+            )
+        check_tasks(config, self._encode, self.ends.bos)
+        left_out: list[str] = []
+        self.training = self._tokens_of(corpus.training, stop, left_out)
+        self.held_out = self._tokens_of(corpus.held_out, stop, left_out, measured=True)
+        if not self.training:
+            raise InputError(
+                "there is no text to learn from: with this tokenizer no document makes two tokens, of "
+                f"{len(left_out)} ({shown(left_out)})"
+            )
+        if left_out:
+            self._warn(
+                f"left out: {len(left_out)} {'document makes' if len(left_out) == 1 else 'documents make'} too few "
+                f"tokens to learn from or to be measured by: {shown(left_out)}"
+            )
+        if corpus.held_out:
+            self._check_held_out(self.held_out)
+        return corpus.digests()
+
+    def _check_held_out(self, documents: Sequence[Document | TokenDocument]) -> None:
+        """Says so where nothing is held out that was to be; InputError where a run depends on it."""
+        if documents:
+            return
+        if self.config.evaluation.patience is not None:
+            raise InputError("evaluation.patience: no document is held out to be patient with; raise data.held_out")
+        if self.config.data.held_out:
+            self._warn(
+                "no document is held out, so nothing says how well the model does on text that it has not seen: the "
+                f"texts are too short for data.held_out {self.config.data.held_out:g}; raise it, or give more text"
+            )
+
+    def _warn(self, message: str) -> None:
+        if self.processes.is_first:
+            warnings.warn(message, stacklevel=2)
 
     def run(self, on_step: Watcher, stop: StopRequest | None = None) -> Outcome:
         config, progress, stop = self.config, self.progress, stop or StopRequest()
@@ -137,7 +200,7 @@ class Training:
             return Outcome(self._why_over, progress.step, Path(config.out), done)
         trackers = open_trackers(config.trackers, Path(config.out)) if self.processes.is_first else []
         steps = steps_of(
-            config.stages, self.training, config.data.tasks, self._encode, self.bos, config.seed, progress.step
+            config.stages, self.training, config.data.tasks, self._encode, self.ends.bos, config.seed, progress.step
         )
         started, seen = time.perf_counter(), 0
         while (reason := self._reason(stop)) is None:
@@ -225,9 +288,11 @@ class Training:
         settings, progress = self.config.evaluation, self.progress
         if not self.held_out:
             return
-        figures = evaluate_texts(self.model, self.held_out, settings.length, settings.tokens)
+        figures = evaluate_texts(self.model, self.held_out, self.config.evaluation_length, settings.tokens)
         bits = figures["bits_per_byte"]
         self._log({"step": progress.step, "held_out": figures}, [])
+        if bits is None:  # each document's first tokens are one character
+            return
         for tracker in trackers:
             tracker.log({"held_out_bits_per_byte": bits}, progress.step)
         if progress.best is None or bits < progress.best:
@@ -278,7 +343,7 @@ class Training:
                 config.evaluation,
                 self.held_out or self.training,
                 self._encode,
-                self.bos,
+                self.ends.bos,
                 config.seed,
                 before_each=stop.check,
             )
@@ -289,32 +354,51 @@ class Training:
         for tracker in trackers:
             tracker.log({name: float(value) for name, value in values.items()}, values["step"])
 
-    def _make_tokenizer(self, corpus: Corpus) -> tokenizers.Tokenizer:
+    def _make_tokenizer(self, corpus: Corpus, stop: StopRequest) -> tokenizers.Tokenizer:
         """The one asked for; training one is the same every time for the same texts."""
         wanted = self.config.tokenizer
         if isinstance(wanted, NewTokenizer):
-            return train_tokenizer(wanted, [document.text for document in corpus.training])
+            return train_tokenizer(wanted, [document.text for document in corpus.training], stop.check)
         return read_tokenizer(wanted)
 
     def _make_model(self) -> Decoder:
         """Fresh weights, or those of a model that is to be trained on."""
         config = self.config
-        eos, bos = self.tokenizer.token_to_id(EOS), self.tokenizer.token_to_id(BOS)
-        ends = {"bos_token_id": bos, "eos_token_ids": () if eos is None else (eos,)}
-        described = config.model if eos is None else config.model.model_copy(update=ends)
-        model = Decoder(described, activation_checkpointing=config.activation_checkpointing)
+        model = Decoder(self._described(), activation_checkpointing=config.activation_checkpointing)
         if config.start_from is None:
             quiet_start(model)
             return model
         trained = from_pretrained(config.start_from, dtype=torch.float32, map_per_layer_table=False)
-        if trained.config.digest() != described.digest():
+        if trained.config.digest() != model.config.digest():
             raise InputError(f"start_from: the model in {config.start_from} is not the one that the config describes")
         model.load_state_dict(trained.state_dict())
         return model
 
-    def _ids_of(self, documents: list[Any]) -> list[TokenDocument]:
-        eos = self.tokenizer.token_to_id(EOS)
-        return tokenise(self.tokenizer, documents, self.config.model.vocab_size, eos)
+    def _described(self) -> ModelConfig:
+        """The model's config with the ids that begin and end its texts, where it does not name them itself or the
+        tokenizer is a new one."""
+        model, ends = self.config.model, self.ends
+        is_new = isinstance(self.config.tokenizer, NewTokenizer)
+        changes: dict[str, Any] = {}
+        if ends.bos is not None and (is_new or model.bos_token_id is None):
+            changes["bos_token_id"] = ends.bos
+        if ends.eos is not None and (is_new or not model.eos_token_ids):
+            changes["eos_token_ids"] = (ends.eos,)
+        return model.model_copy(update=changes)
+
+    def _tokens_of(
+        self, documents: Sequence[Document], stop: StopRequest, left_out: list[str], measured: bool = False
+    ) -> list[TokenDocument]:
+        """The documents of two tokens and more, some of them text; of those to be measured, the ones with a stretch
+        of text that can be. The names of the others are added to `left_out`."""
+        found = []
+        for document in tokenise(self.tokenizer, documents, self.ends.eos, measured, stop.check):
+            is_text = document.text_stop > document.text_start and len(document.ids) >= 2
+            if is_text and (not measured or document.measured()[2]):
+                found.append(document)
+            else:
+                left_out.append(document.name)
+        return found
 
     def _encode(self, text: str) -> list[int]:
         ids: list[int] = self.tokenizer.encode(text, add_special_tokens=False).ids

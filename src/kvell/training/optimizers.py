@@ -59,11 +59,6 @@ def learning(name: str, role: Role, by: type[TorchOptimizer], settings: Optimize
     return rate, decay if group.weight_decay is None else group.weight_decay
 
 
-def described_groups(made: list[TorchOptimizer]) -> list[tuple[float, float]]:
-    """Every group's full rate and decay."""
-    return [(group["full_lr"], group["weight_decay"]) for optimizer in made for group in optimizer.param_groups]
-
-
 def set_rates(made: list[TorchOptimizer], share: float) -> None:
     for optimizer in made:
         for group in optimizer.param_groups:

@@ -109,6 +109,11 @@ class Run:
         """The whole ones, oldest first."""
         return sorted(path.parent for path in (self.folder / CHECKPOINTS).glob(f"step-*/{PROGRESS}"))
 
+    def steps_saved(self) -> int:
+        """How many steps had been done when the last checkpoint was written."""
+        found = self.checkpoints()
+        return int(found[-1].name.removeprefix("step-")) if found else 0
+
     def save(self, model: Decoder, optimizers: list[Optimizer], progress: Progress) -> None:
         """Writes a checkpoint aside, names it, and removes the oldest that need not be kept. CheckpointError if that
         fails; the last good one stays."""

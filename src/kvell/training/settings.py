@@ -25,6 +25,7 @@ from kvell.layers.part import Part
 from kvell.training.tasks import Task
 
 Share = Annotated[float, Field(ge=0, lt=1)]
+LONGEST_EVALUATED = 4096
 
 
 class StandardLibrary(Part):
@@ -75,7 +76,8 @@ class MixedTask(Part):
 
 
 class Data(Part):
-    """`held_out` is the share of documents, drawn by their names, that evaluation keeps for itself."""
+    """`held_out` is the share of documents, drawn by their names, that evaluation keeps for itself; where there are
+    too few documents it is the last share of each."""
 
     sources: tuple[Source, ...]
     held_out: Share = 0.05
@@ -164,6 +166,10 @@ class Optimizer(Part):
     parameter_groups: tuple[ParameterGroup, ...] = ()
 
 
+# What adamw makes no use of.
+MUON_S_OWN = ("matrix_learning_rate", "matrix_weight_decay")
+
+
 class Schedule(Part):
     """The learning rate's course over all steps: `warmup` steps up from zero, then down to `floor` times the rate, by
     a cosine, or (warm-up, stable, decay) in a straight line over the last `decay` share of the steps."""
@@ -190,13 +196,14 @@ class Losses(Part):
 
 
 class Evaluation(Part):
-    """Every `every` steps the held-out documents' first `tokens` tokens, each document cut at `length`; at the end
-    all of them whole. `patience` evaluations in a row without a better one end the run, and the best model is kept.
+    """Every `every` steps the held-out documents' first `tokens` tokens, each document cut at `length` (None: 4,096,
+    or the model's positions if those are fewer); at the end all of them whole, in pieces of as many tokens as the
+    model has positions. `patience` evaluations in a row without a better one end the run, and the best model is kept.
     `tasks` are drawn `cases` times each, at every one of `lengths`."""
 
     every: PositiveInt = 500
     tokens: PositiveInt = 50_000
-    length: PositiveInt = 4096
+    length: Annotated[int, Field(ge=2)] | None = None
     patience: PositiveInt | None = None
     tasks: tuple[Task, ...] = ()
     cases: PositiveInt = 100
@@ -247,6 +254,8 @@ class TrainingConfig(Part):
             )
         lengths = {f"stages.{index}.length": stage.length for index, stage in enumerate(self.stages)}
         lengths |= {f"evaluation.lengths.{index}": length for index, length in enumerate(self.evaluation.lengths)}
+        if self.evaluation.length is not None:
+            lengths["evaluation.length"] = self.evaluation.length
         for field, length in lengths.items():
             if length > self.model.max_positions:
                 raise ValueError(f"{field}: {length} is more than model.max_positions {self.model.max_positions}")
@@ -265,6 +274,11 @@ class TrainingConfig(Part):
     @property
     def steps(self) -> int:
         return sum(stage.steps for stage in self.stages)
+
+    @property
+    def evaluation_length(self) -> int:
+        """How many tokens of a document an evaluation between steps sees."""
+        return self.evaluation.length or min(LONGEST_EVALUATED, self.model.max_positions)
 
     @classmethod
     def read(cls, path: str | Path, changes: Mapping[str, Any] | None = None) -> Self:
@@ -289,6 +303,42 @@ class TrainingConfig(Part):
             return cls.model_validate(values)
         except ValidationError as error:
             raise ConfigError(one_line(error, where, values, cls)) from None
+
+
+def ignored_settings(config: TrainingConfig) -> list[str]:
+    """What a run's config says that changes nothing, or not what it says, a line each."""
+    said, schedule, kind = [], config.schedule, config.optimizer.kind
+    if schedule.warmup >= config.steps:
+        reached = config.steps / (schedule.warmup + 1)
+        said.append(
+            f"schedule.warmup: {schedule.warmup} steps are not over when the run ends after {config.steps}: the "
+            f"learning rate gets no higher than {reached:.2g} of what is asked"
+        )
+    described = config.model.model_dump_json()
+    experts, indexer = ('"kind":"mixture_of_experts"' in described), ('"indexer":{' in described)
+    asked: list[tuple[Part, str, tuple[str, ...], bool, str]] = [
+        (config.optimizer, "optimizer", MUON_S_OWN, kind == "muon", f"kind: {kind}"),
+        (schedule, "schedule", ("floor", "decay"), schedule.kind != "constant", f"kind: {schedule.kind}"),
+        (schedule, "schedule", ("decay",), schedule.kind != "cosine", f"kind: {schedule.kind}"),
+        (config.losses, "losses", ("answers",), bool(config.data.tasks), "no data.tasks"),
+        (config.losses, "losses", ("draft",), config.model.draft is not None, "a model without a draft block"),
+        (config.losses, "losses", ("index",), indexer, "a model without an indexer"),
+        (config.losses, "losses", ("balance", "bias_rate"), experts, "a model without experts"),
+        (config.evaluation, "evaluation", ("cases", "lengths"), bool(config.evaluation.tasks), "no evaluation.tasks"),
+        (
+            config.evaluation,
+            "evaluation",
+            ("every", "tokens", "length"),
+            config.data.held_out > 0,
+            "data.held_out: 0",
+        ),
+    ]
+    for part, place, names, counts, why in asked:
+        fields = type(part).model_fields
+        given = [f"{place}.{name}" for name in names if getattr(part, name) != fields[name].default]
+        if given and not counts:
+            said.append(f"{' and '.join(given)}: without effect with {why}")
+    return said
 
 
 # What may change between the parts of one run.

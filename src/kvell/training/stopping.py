@@ -3,9 +3,14 @@
 import os
 import signal
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future
 from contextlib import contextmanager
 from types import FrameType
+from typing import TypeVar
+
+Value = TypeVar("Value")
+BETWEEN_CHECKS = 0.05  # seconds
 
 
 class StoppedError(Exception):
@@ -31,6 +36,33 @@ class StopRequest:
         """StoppedError if it was asked for."""
         if self.is_set:
             raise StoppedError
+
+
+def nothing() -> None:
+    """The check of who cannot be stopped."""
+
+
+def interruptibly(work: Callable[[], Value], check: Callable[[], None]) -> Value:
+    """What `work` returns or raises, unless `check`, called meanwhile, raises.
+
+    For work outside of Python that lets no signal through: it runs in a thread of its own. If `check` raises, that
+    thread is left to itself, what it makes is dropped, and it does not keep the process from ending.
+    """
+    made: Future[Value] = Future()
+
+    def run() -> None:
+        try:
+            made.set_result(work())
+        except BaseException as error:  # raised again below, where the work is waited for
+            made.set_exception(error)
+
+    thread = threading.Thread(target=run, daemon=True)
+    thread.start()
+    while thread.is_alive():
+        check()
+        thread.join(BETWEEN_CHECKS)
+    check()
+    return made.result()
 
 
 @contextmanager

@@ -1,7 +1,9 @@
 """From texts to tokens: a tokenizer of the corpus's own, and documents as ids."""
 
-from collections.abc import Iterable
+import re
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -11,22 +13,61 @@ from tokenizers import decoders, models, pre_tokenizers, processors, trainers
 
 from kvell.errors import CheckpointError, InputError
 from kvell.training.corpus import Document
+from kvell.training.ends import BOS, EOS
 from kvell.training.settings import NewTokenizer
+from kvell.training.stopping import interruptibly, nothing
 
-BOS, EOS = "<|bos|>", "<|eos|>"
+# Training a byte-pair encoding takes time in the square of a word's length.
+LONGEST_WORD = 1024
+# How many characters of documents are encoded at a time.
+BATCH = 1 << 20
+# What the pre-tokenizer takes for one word: letters, other signs, or white space. Python counts four control
+# characters as white space that it takes for signs.
+LONG_WORD = re.compile(
+    rf"(?<![^\W\d_])[^\W\d_]{{{LONGEST_WORD + 1},}}"
+    rf"|(?<![^\w\s]|[_\x1c-\x1f])(?:[^\w\s]|[_\x1c-\x1f]){{{LONGEST_WORD + 1},}}"
+    rf"|(?<!\s)\s{{{LONGEST_WORD + 1},}}"
+)
 
 
 @dataclass(frozen=True)
 class TokenDocument:
-    """A document's ids, beginning and end included, and how many bytes of text they stand for."""
+    """A document's ids, beginning and end included; those of its text are from `text_start` up to `text_stop`.
+
+    `bytes_before` (N + 1), which held-out documents have, says for the place before every token, and for the
+    document's end, how many bytes of the text lie before it; -1 for a place inside a character.
+    """
 
     name: str
     ids: NDArray[np.int32]
-    nbytes: int
+    text_start: int
+    text_stop: int
+    bytes_before: NDArray[np.int64] | None = None
+
+    def measured(self, seen: int | None = None) -> tuple[int, int, int]:
+        """Of the first `seen` tokens, which can be measured against bytes: those from the first place up to the
+        second, and how many bytes of text they are.
+
+        A token is left out if nothing predicts it, as the first, if it is no text, as beginning and end, and if it
+        shares a character with one that is left out.
+        """
+        assert self.bytes_before is not None
+        stop = min(self.text_stop, len(self.ids) if seen is None else seen)
+        places = np.arange(max(self.text_start, 1), stop + 1)
+        places = places[self.bytes_before[places] >= 0]
+        if not len(places):
+            return 0, 0, 0
+        first, last = int(places[0]), int(places[-1])
+        return first, last, int(self.bytes_before[last] - self.bytes_before[first])
 
 
-def train_tokenizer(settings: NewTokenizer, texts: Iterable[str]) -> tokenizers.Tokenizer:
-    """A byte-level BPE (Sennrich et al. 2016, arXiv 1508.07909), every digit by itself, BOS before every text."""
+def train_tokenizer(
+    settings: NewTokenizer, texts: Iterable[str], check: Callable[[], None] = nothing
+) -> tokenizers.Tokenizer:
+    """A byte-level BPE (Sennrich et al. 2016, arXiv 1508.07909), every digit by itself, BOS before every text.
+
+    Words longer than LONGEST_WORD are learnt from in parts. `check` is called now and then, and may raise to end it.
+    """
     tokenizer = tokenizers.Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
         [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)]
@@ -38,30 +79,106 @@ def train_tokenizer(settings: NewTokenizer, texts: Iterable[str]) -> tokenizers.
         initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
         show_progress=False,
     )
-    tokenizer.train_from_iterator(texts, trainer)
+
+    def parts() -> Iterator[str]:
+        for text in texts:
+            check()
+            yield from without_long_words(text)
+
+    interruptibly(lambda: tokenizer.train_from_iterator(parts(), trainer), check)
     bos = (BOS, tokenizer.token_to_id(BOS))
     tokenizer.post_processor = processors.TemplateProcessing(single=f"{BOS} $A", special_tokens=[bos])
+    tokenizer.encode_special_tokens = True
     return tokenizer
 
 
+def without_long_words(text: str) -> Iterator[str]:
+    """A text whole, or, where it has words of more than LONGEST_WORD characters, in parts that have none."""
+    start = 0
+    for word in LONG_WORD.finditer(text):
+        for cut in range(word.start() + LONGEST_WORD, word.end(), LONGEST_WORD):
+            yield text[start:cut]
+            start = cut
+    yield text[start:]
+
+
 def read_tokenizer(folder: str) -> tokenizers.Tokenizer:
-    """The tokenizer.json of a directory. CheckpointError where there is none that can be read."""
+    """The tokenizer.json of a directory. CheckpointError where there is none that can be read.
+
+    Documents are encoded whole, whatever the file says of truncation and padding, and text that spells a special
+    token stays text.
+    """
     file = Path(folder) / "tokenizer.json"
     try:
-        return tokenizers.Tokenizer.from_file(str(file))
+        tokenizer = tokenizers.Tokenizer.from_file(str(file))
     except Exception as error:  # the library raises nothing more specific
         raise CheckpointError(f"{file} cannot be read: {error}") from None
+    tokenizer.no_truncation()
+    tokenizer.no_padding()
+    tokenizer.encode_special_tokens = True
+    return tokenizer
+
+
+def check_vocabulary(tokenizer: tokenizers.Tokenizer, vocab_size: int) -> None:
+    """InputError for a tokenizer with ids that the model does not have."""
+    highest = max(tokenizer.get_vocab().values(), default=-1)
+    if highest >= vocab_size:
+        raise InputError(f"the tokenizer has {highest + 1} tokens, the model only {vocab_size}")
 
 
 def tokenise(
-    tokenizer: tokenizers.Tokenizer, documents: list[Document], vocab_size: int, eos: int | None
+    tokenizer: tokenizers.Tokenizer,
+    documents: Sequence[Document],
+    eos: int | None,
+    measured: bool = False,
+    check: Callable[[], None] = nothing,
 ) -> list[TokenDocument]:
-    """Every document's ids. InputError for a tokenizer with more tokens than the model."""
-    if tokenizer.get_vocab_size() > vocab_size:
-        raise InputError(f"the tokenizer has {tokenizer.get_vocab_size()} tokens, the model only {vocab_size}")
-    encodings = tokenizer.encode_batch([document.text for document in documents])
-    end = [] if eos is None else [eos]
-    return [
-        TokenDocument(document.name, np.array([*encoding.ids, *end], dtype=np.int32), len(document.text.encode()))
-        for document, encoding in zip(documents, encodings, strict=True)
-    ]
+    """Every document's ids; with `measured` they know where the bytes of their text lie. `check` is called now and
+    then, and may raise to end it."""
+    made: list[TokenDocument] = []
+    for batch in _batches(documents):
+        encode = tokenizer.encode_batch if measured else tokenizer.encode_batch_fast
+        encodings = interruptibly(partial(encode, [document.text for document in batch]), check)
+        made += [_tokens(document, each, eos, measured) for document, each in zip(batch, encodings, strict=True)]
+    return made
+
+
+def _batches(documents: Sequence[Document]) -> Iterator[list[Document]]:
+    batch: list[Document] = []
+    size = 0
+    for document in documents:
+        batch.append(document)
+        size += len(document.text)
+        if size >= BATCH:
+            yield batch
+            batch, size = [], 0
+    if batch:
+        yield batch
+
+
+def _tokens(document: Document, encoding: tokenizers.Encoding, eos: int | None, measured: bool) -> TokenDocument:
+    added = np.array(encoding.special_tokens_mask, dtype=bool)
+    text = np.flatnonzero(~added)
+    start, stop = (int(text[0]), int(text[-1]) + 1) if len(text) else (len(added), len(added))
+    ids = encoding.ids
+    if eos is not None and ids[stop:] != [eos]:  # else the tokenizer has put it there
+        ids = [*ids, eos]
+    places = _places(document.text, encoding.offsets[start:stop]) if measured else None
+    before = None
+    if places is not None:
+        before = np.concatenate([np.zeros(start), places, np.full(len(ids) - stop, places[-1])]).astype(np.int64)
+    return TokenDocument(document.name, np.array(ids, dtype=np.int32), start, stop, before)
+
+
+def _places(text: str, offsets: list[tuple[int, int]]) -> NDArray[np.int64]:
+    """How many bytes of the text lie before each of N tokens and behind the last (N + 1), from the characters that
+    each token spans; -1 where a token begins inside a character that the one before it has begun."""
+    points = np.frombuffer(text.encode("utf-32-le"), dtype=np.uint32)
+    widths = 1 + (points > 0x7F).astype(np.int64) + (points > 0x7FF) + (points > 0xFFFF)
+    nbytes = np.concatenate([[0], np.cumsum(widths)])
+    if not offsets:
+        return np.zeros(1, dtype=np.int64)
+    starts, ends = np.array(offsets, dtype=np.int64).T
+    reached = np.maximum.accumulate(ends)
+    inner = np.where(starts[1:] >= reached[:-1], nbytes[reached[:-1]], -1)
+    return np.concatenate([[0], inner, nbytes[-1:]])
