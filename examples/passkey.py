@@ -46,7 +46,7 @@ def main() -> None:
         )
     held_out = read_corpus(recipe.data).held_out
     (eos,) = model.config.eos_token_ids
-    documents = tokenise(read_tokenizer(str(folder)), held_out, eos)
+    documents = tokenise(read_tokenizer(str(folder)), held_out, model.config.vocab_size, eos)
     bos = int(documents[0].ids[0])
     case = drawn(
         Passkey(), options.length, documents, lambda piece: tokenizer.encode(piece)[1:], bos, random.Random(seed)

@@ -39,7 +39,7 @@ def bits(model: kvell.Decoder, ids: list[int], scored: range) -> float:
 
 
 def figures(model: kvell.Decoder, tokenizer: tokenizers.Tokenizer, texts: list[str], **more: Any) -> dict[str, Any]:
-    documents = tokenise(tokenizer, [Document("", text) for text in texts], END_OF_TEXT, measured=True)
+    documents = tokenise(tokenizer, [Document("", text) for text in texts], 320, END_OF_TEXT, measured=True)
     return evaluate_texts(model, documents, **more)
 
 

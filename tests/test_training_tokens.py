@@ -125,7 +125,7 @@ def ends_in(tokenizer: tokenizers.Tokenizer, folder: Path, config: dict[str, Any
     read = read_tokenizer(str(folder))
     ends = Ends.of(read, folder, model_of(**model))
     put_first(read, ends.bos)
-    (document,) = tokenise(read, [Document("", "he")], ends.eos)
+    (document,) = tokenise(read, [Document("", "he")], 320, ends.eos)
     return document.ids.tolist()
 
 
@@ -198,13 +198,13 @@ def test_text_that_spells_a_special_token_and_a_file_s_truncation_change_no_docu
     cut.enable_padding(length=64)
     write(cut, tmp_path)
     text = "he <|endoftext|> he"
-    (document,) = tokenise(read_tokenizer(str(tmp_path)), [Document("", text)], None)
+    (document,) = tokenise(read_tokenizer(str(tmp_path)), [Document("", text)], 320, None)
     assert END_OF_TEXT not in document.ids
     assert len(document.ids) == len(text) - 2  # two of the bytes' pairs are one token
 
 
 def measured(tokenizer: tokenizers.Tokenizer, text: str, eos: int | None, seen: int | None = None) -> Any:
-    (document,) = tokenise(tokenizer, [Document("", text)], eos, measured=True)
+    (document,) = tokenise(tokenizer, [Document("", text)], 320, eos, measured=True)
     return document.measured(seen)
 
 

@@ -35,7 +35,7 @@ from kvell.training.parameters import check_groups, freeze
 from kvell.training.run import Progress, Run, held
 from kvell.training.settings import NewTokenizer, TrainingConfig, ignored_settings
 from kvell.training.stopping import StoppedError, StopRequest, stop_requests
-from kvell.training.tokens import TokenDocument, check_vocabulary, read_tokenizer, tokenise, train_tokenizer
+from kvell.training.tokens import TokenDocument, read_tokenizer, tokenise, train_tokenizer
 from kvell.training.trackers import Tracker, open_trackers
 
 
@@ -148,7 +148,6 @@ class Training:
             self._warn(f"left out: {unread(corpus.unreadable)}")
         self._check_held_out(corpus.held_out)
         self.tokenizer = self._make_tokenizer(corpus, stop)
-        check_vocabulary(self.tokenizer, config.model.vocab_size)
         if isinstance(config.tokenizer, NewTokenizer):
             self.ends = Ends.of_new(self.tokenizer)
         else:
@@ -392,7 +391,8 @@ class Training:
         """The documents of two tokens and more, some of them text; of those to be measured, the ones with a stretch
         of text that can be. The names of the others are added to `left_out`."""
         found = []
-        for document in tokenise(self.tokenizer, documents, self.ends.eos, measured, stop.check):
+        vocab_size = self.config.model.vocab_size
+        for document in tokenise(self.tokenizer, documents, vocab_size, self.ends.eos, measured, stop.check):
             is_text = document.text_stop > document.text_start and len(document.ids) >= 2
             if is_text and (not measured or document.measured()[2]):
                 found.append(document)

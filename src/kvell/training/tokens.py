@@ -119,22 +119,19 @@ def read_tokenizer(folder: str) -> tokenizers.Tokenizer:
     return tokenizer
 
 
-def check_vocabulary(tokenizer: tokenizers.Tokenizer, vocab_size: int) -> None:
-    """InputError for a tokenizer with ids that the model does not have."""
-    highest = max(tokenizer.get_vocab().values(), default=-1)
-    if highest >= vocab_size:
-        raise InputError(f"the tokenizer has {highest + 1} tokens, the model only {vocab_size}")
-
-
 def tokenise(
     tokenizer: tokenizers.Tokenizer,
     documents: Sequence[Document],
+    vocab_size: int,
     eos: int | None,
     measured: bool = False,
     check: Callable[[], None] = nothing,
 ) -> list[TokenDocument]:
-    """Every document's ids; with `measured` they know where the bytes of their text lie. `check` is called now and
-    then, and may raise to end it."""
+    """Every document's ids; with `measured` they know where the bytes of their text lie. InputError for a tokenizer
+    with ids that the model does not have. `check` is called now and then, and may raise to end it."""
+    highest = max(tokenizer.get_vocab().values(), default=-1)
+    if highest >= vocab_size:
+        raise InputError(f"the tokenizer has {highest + 1} tokens, the model only {vocab_size}")
     made: list[TokenDocument] = []
     for batch in _batches(documents):
         encode = tokenizer.encode_batch if measured else tokenizer.encode_batch_fast
