@@ -56,6 +56,7 @@ def small_values(texts: Path, out: Path, **changes: Any) -> dict[str, Any]:
         "evaluation": {"tasks": [{"kind": "passkey"}], "cases": 2, "lengths": [128]},
         "checkpoints": {"every": 4},
         "optimizer": ADAMW,
+        "losses": {},
     }
     return run_values(texts, out, **{**values, **changes})
 
