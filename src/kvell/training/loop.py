@@ -86,15 +86,15 @@ def train(
                     problem = error
             if (problem := processes.told_by_first(problem)) is not None:
                 raise problem
-            if processes.is_first:
-                for line in ignored_settings(config):
-                    warnings.warn(line, stacklevel=2)
             try:
                 training = Training(config, processes, skip_bad, fresh, stop)
             except StoppedError:
                 return Outcome(
                     stop.reason, Run(Path(config.out), config, processes).steps_saved(), Path(config.out), {}
                 )
+            if processes.is_first:
+                for line in ignored_settings(config):
+                    warnings.warn(line, stacklevel=2)
             return training.run(on_step, stop)
     finally:
         processes.leave()
