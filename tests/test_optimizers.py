@@ -333,23 +333,6 @@ def one_group(made: Decoder, settings: Optimizer) -> list[torch.optim.Optimizer]
     return [adamw]
 
 
-def other_decay(made: Decoder, settings: Optimizer) -> list[torch.optim.Optimizer]:
-    return optimizers(made, settings.model_copy(update={"weight_decay": 0.2}))
-
-
-@pytest.mark.parametrize("older", [one_group, other_decay])
-def test_a_checkpoint_whose_decay_fell_elsewhere_is_refused_in_one_line(
-    texts: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, older: Any
-) -> None:
-    settings = {"kind": "adamw", "weight_decay": 0.1}
-    with monkeypatch.context() as before:
-        before.setattr(loop, "optimizers", older)
-        loop.train(config(texts, tmp_path / "run", **settings), on_step=stop_at_two)
-    with pytest.raises(kvell.CheckpointError) as refused:
-        loop.train(config(texts, tmp_path / "run", **settings))
-    assert "\n" not in str(refused.value)
-
-
 def test_a_checkpoint_of_one_group_without_decay_goes_on_to_the_same_bits(
     texts: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
