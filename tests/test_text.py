@@ -10,6 +10,7 @@ from generation_mocks import byte_fallback_backend, byte_level_backend, metaspac
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from tokenizers import decoders, processors
+from transformers import AutoTokenizer
 
 from kvell.errors import CheckpointError, InputError
 from kvell.generation import StopStrings, TextStream, Tokenizer, Transcript
@@ -147,7 +148,7 @@ def test_nothing_is_shown_after_a_stop_string() -> None:
 
 def test_a_special_token_as_a_stop_string_stops_at_that_token() -> None:
     transcript = Transcript(BYTE_LEVEL, ["<eos>", "cats"])
-    shown = [transcript.push(token) for token in BYTE_LEVEL.encode("a cat<eos>")]
+    shown = [transcript.push(token) for token in BYTE_LEVEL.encode("a cat<eos>", parse_special_tokens=True)]
     assert transcript.stopped
     assert "".join(shown) == "a cat", "the beginning of the other stop string is shown after all"
 
@@ -187,7 +188,7 @@ def test_the_first_token_is_added_where_the_config_asks_for_it(tmp_path: Path, b
     tokenizer = Tokenizer.from_pretrained(tmp_path)
     assert tokenizer.encode("") == [0]
     assert tokenizer.encode("cat") == [0, *BYTE_LEVEL.encode("cat")]
-    assert tokenizer.encode("<bos>cat") == tokenizer.encode("cat"), "but not twice"
+    assert tokenizer.encode("<bos>cat", parse_special_tokens=True) == tokenizer.encode("cat"), "but not twice"
     assert tokenizer.encode("cat", add_special_tokens=False) == BYTE_LEVEL.encode("cat")
 
 
@@ -211,7 +212,96 @@ def test_the_post_processor_adds_its_tokens_once(tmp_path: Path) -> None:
 
 
 def test_special_tokens_are_not_part_of_the_text() -> None:
-    assert BYTE_LEVEL.decode(BYTE_LEVEL.encode("<bos>the cat<eos>")) == "the cat"
+    assert BYTE_LEVEL.decode(BYTE_LEVEL.encode("<bos>the cat<eos>", parse_special_tokens=True)) == "the cat"
+
+
+@pytest.mark.parametrize("backend", [byte_level_backend, byte_fallback_backend])
+def test_text_that_spells_a_special_token_is_text(
+    backend: Callable[[], tokenizers.Tokenizer], tmp_path: Path
+) -> None:
+    """A line of a program that names the end is no end."""
+    text = 'END = "<eos>" + "<bos>"'
+    for tokenizer in (Tokenizer(backend()), Tokenizer.from_pretrained(saved(backend(), tmp_path))):
+        assert not {0, 1} & set(tokenizer.encode(text))
+        assert tokenizer.decode(tokenizer.encode("s<eos>")) == "s<eos>"
+        parsed = tokenizer.encode("s<eos>s", parse_special_tokens=True)
+        assert parsed == [*tokenizer.encode("s"), 1, *tokenizer.encode("s")]
+        assert not {0, 1} & set(tokenizer.encode(text)), "what one call asks for is not the next one's"
+
+
+def test_the_models_own_first_token_does_not_rest_on_parsing(tmp_path: Path) -> None:
+    backend = byte_level_backend()
+    backend.post_processor = processors.TemplateProcessing("<bos> $A", special_tokens=[("<bos>", 0)])
+    asked = {"add_bos_token": True, "bos_token": "<bos>"}
+    for number, (one, config) in enumerate([(backend, None), (byte_level_backend(), asked)]):
+        (folder := tmp_path / str(number)).mkdir()
+        ids = Tokenizer.from_pretrained(saved(one, folder, config)).encode("<bos>cat")
+        assert ids == [0, *BYTE_LEVEL.encode("<bos>cat")]
+
+
+# What a folder's two files say, beside transformers
+
+
+def added(content: str, **flags: bool) -> dict[str, object]:
+    plain = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False, "special": True}
+    return {"content": content, **plain, **flags}
+
+
+NEXT = byte_level_backend().get_vocab_size()
+TOKENIZER_CONFIGS: dict[str, dict[str, object]] = {
+    "nothing": {},
+    "a special token": {"added_tokens_decoder": {str(NEXT): added("<turn>")}},
+    "a token that is text": {"added_tokens_decoder": {str(NEXT): added("<turn>", special=False)}},
+    "one that takes the space before it": {"added_tokens_decoder": {str(NEXT): added("<turn>", lstrip=True)}},
+    "two, the later first": {"added_tokens_decoder": {str(NEXT + 1): added("cat"), str(NEXT): added("<turn>")}},
+    "one that tokenizer.json has": {"added_tokens_decoder": {"1": added("<eos>")}},
+    "one that tokenizer.json has as text": {"added_tokens_decoder": {str(NEXT - 1): added("日本語")}},
+    "one that tokenizer.json has as special": {"added_tokens_decoder": {"1": added("<eos>", special=False)}},
+    "a name for a word of the vocabulary": {"eos_token": "Ġthe"},
+    "a name for an added token": {"image_token": "日本語"},
+}
+
+
+@pytest.mark.parametrize("config", TOKENIZER_CONFIGS.values(), ids=TOKENIZER_CONFIGS.keys())
+def test_tokens_are_those_that_transformers_reads(config: dict[str, object], tmp_path: Path) -> None:
+    saved(byte_level_backend(), tmp_path, {"tokenizer_class": "PreTrainedTokenizerFast", **config})
+    theirs, ours = AutoTokenizer.from_pretrained(tmp_path), Tokenizer.from_pretrained(tmp_path)
+    text = "the <turn>日本語 cat<eos> Ġthe"
+    assert ours.encode(text, parse_special_tokens=True) == theirs(text).input_ids
+    assert ours.encode(text) == theirs(text, split_special_tokens=True).input_ids
+    ids = list(range(NEXT + 2))
+    for token in ids:
+        assert ours.decode([token]) == theirs.decode([token], skip_special_tokens=True)
+
+
+@pytest.mark.parametrize(
+    ("tokens", "message"),
+    [
+        ({"5": added("<eos>")}, r"lists '<eos>' under 5, but with tokenizer.json it is 1"),
+        ({str(NEXT + 3): added("<turn>")}, rf"lists '<turn>' under {NEXT + 3}, but with tokenizer.json it is {NEXT}"),
+        (["<turn>"], r"is \['<turn>'\], wanted is an object of tokens by their ids"),
+        ({"last": added("<turn>")}, "has 'last' where a token's id is wanted"),
+        ({str(NEXT): "<turn>"}, f"lists '<turn>' under {NEXT}, wanted is a token's content"),
+        ({str(NEXT): {"content": 3}}, f"lists {{'content': 3}} under {NEXT}, wanted is"),
+        ({str(NEXT): added("<turn>") | {"special": 3}}, f"special of {NEXT} is 3, not a flag"),
+    ],
+)
+def test_added_tokens_that_cannot_be_are_one_line(tokens: object, message: str, tmp_path: Path) -> None:
+    saved(byte_level_backend(), tmp_path, {"added_tokens_decoder": tokens})
+    where = r"tokenizer_config\.json: added_tokens_decoder"
+    with pytest.raises(CheckpointError, match=f"{where}:? .*{message}") as caught:
+        Tokenizer.from_pretrained(tmp_path)
+    assert "\n" not in str(caught.value)
+
+
+def test_truncation_and_padding_of_whoever_used_the_file_last_are_taken_off(tmp_path: Path) -> None:
+    backend = byte_level_backend()
+    backend.enable_truncation(max_length=4)
+    backend.enable_padding(length=64)
+    saved(backend, tmp_path, {"tokenizer_class": "PreTrainedTokenizerFast"})
+    theirs, tokenizer = AutoTokenizer.from_pretrained(tmp_path), Tokenizer.from_pretrained(tmp_path)
+    for text in ("the cat sat on the mat, and the dog did not", "s"):
+        assert tokenizer.encode(text) == BYTE_LEVEL.encode(text) == theirs(text).input_ids
 
 
 def test_a_lone_surrogate_is_an_error() -> None:

@@ -613,7 +613,7 @@ def test_files_that_are_no_text_are_named_counted_and_skipped_only_if_asked(
         ({"stages": []}, "stages: there is at least one"),
         ({"stages": [{"steps": 1, "length": 128, "tokens": 64}]}, "stages.0: length 128 is more than the 64 tokens"),
         ({"tokenizer": {"vocab_size": 400}}, "tokenizer.vocab_size 400 is not the model's 320"),
-        ({"tokenizer": "/nowhere"}, "/nowhere/tokenizer.json cannot be read"),
+        ({"tokenizer": "/nowhere"}, "there is no tokenizer.json in /nowhere"),
         ({"optimizer": {"kind": "adam"}}, "optimizer.kind"),
         (
             {"tokenizer": {"vocab_size": 5}},
@@ -718,7 +718,7 @@ def test_a_model_is_described_in_place_by_a_file_beside_the_run_s_or_by_a_built_
     ("changes", "said"),
     [
         ({"lr": 0.1}, "error: run.yaml: lr: unknown field"),
-        ({"tokenizer": "/nowhere"}, "error: /nowhere/tokenizer.json cannot be read"),
+        ({"tokenizer": "/nowhere"}, "error: there is no tokenizer.json in /nowhere"),
     ],
 )
 def test_what_is_wrong_for_all_processes_is_said_by_one(

@@ -16,9 +16,10 @@ from test_training_stops import signal_at, small, small_values
 import kvell
 from kvell import cli
 from kvell.training import loop
-from kvell.training.corpus import read_corpus
+from kvell.training.corpus import Document, read_corpus
+from kvell.training.ends import BOS, EOS
 from kvell.training.settings import Data, NewTokenizer, TextFiles, TrainingConfig, ignored_settings
-from kvell.training.tokens import train_tokenizer
+from kvell.training.tokens import read_tokenizer, tokenise, train_tokenizer
 
 __all__ = ["texts"]
 
@@ -72,6 +73,30 @@ def test_a_run_goes_on_with_no_other_tokenizer_than_it_began_with(own: Path, tex
     write_tokenizer("four five six " * 9)
     with pytest.raises(kvell.InputError, match="run holds a run on other texts: the tokenizer is another"):
         loop.train(config)
+
+
+def test_a_document_that_spells_the_special_tokens_holds_none_but_its_own(tmp_path: Path) -> None:
+    text = f'BOS, EOS = "{BOS}", "{EOS}"'
+    made = train_tokenizer(NewTokenizer(vocab_size=320), [text])
+    made.save(str(tmp_path / "tokenizer.json"))
+    bos, eos = made.token_to_id(BOS), made.token_to_id(EOS)
+    for tokenizer in (made, read_tokenizer(str(tmp_path))):
+        (document,) = tokenise(tokenizer, [Document("tokens.py", text)], 320, eos)
+        first, *inside, last = document.ids.tolist()
+        assert (first, last) == (bos, eos)
+        assert not {bos, eos} & set(inside)
+        assert tokenizer.decode(inside) == text
+
+
+def test_documents_are_whole_whatever_truncation_and_padding_the_tokenizer_was_saved_with(tmp_path: Path) -> None:
+    made = train_tokenizer(NewTokenizer(vocab_size=320), ["one two three"])
+    documents = [Document("long", "one two three " * 9), Document("short", "one")]
+    whole = [document.ids.tolist() for document in tokenise(made, documents, 320, None)]
+    made.enable_truncation(max_length=4)
+    made.enable_padding()
+    made.save(str(tmp_path / "tokenizer.json"))
+    read = tokenise(read_tokenizer(str(tmp_path)), documents, 320, None)
+    assert [document.ids.tolist() for document in read] == whole
 
 
 def test_skipped_files_are_named_in_a_warning(

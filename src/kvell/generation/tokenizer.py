@@ -1,6 +1,7 @@
 """Text to token ids and back, as a model's own tokenizer.json says."""
 
 import json
+import threading
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -8,13 +9,14 @@ import tokenizers
 from tokenizers import decoders
 
 from kvell.errors import CheckpointError, InputError
-from kvell.files import read_json
+from kvell.generation.tokenizer_files import SETTINGS, named_token, read_backend, read_settings
 
 
 class Tokenizer:
     """A tokenizer.json, and whether its model expects a first token that the file itself does not add.
 
-    Special tokens (beginnings, ends, roles) are never part of decoded text.
+    Special tokens (beginnings, ends, roles) are never part of decoded text, and text never becomes one unless that
+    is asked for: a document that spells "<eos>" does not end there.
     """
 
     def __init__(self, backend: tokenizers.Tokenizer, bos_token_id: int | None = None) -> None:
@@ -25,26 +27,25 @@ class Tokenizer:
         added = backend.get_added_tokens_decoder()
         self._special_tokens = {token.content: index for index, token in added.items() if token.special}
         self._special_ids = frozenset(self._special_tokens.values())
+        self._lock = threading.Lock()  # whether special tokens are parsed is a state of the backend
 
     @classmethod
     def from_pretrained(cls, directory: str | Path) -> "Tokenizer":
         """The tokenizer of a model's directory. Raises CheckpointError where it is missing or damaged."""
-        path = Path(directory) / "tokenizer.json"
-        if not path.is_file():
-            raise CheckpointError(f"there is no tokenizer.json in {directory}, so its model cannot read text")
-        try:
-            backend = tokenizers.Tokenizer.from_file(str(path))
-        except Exception as error:  # the library raises nothing more specific
-            raise CheckpointError(f"{path} cannot be read: {error}") from error
-        return cls(backend, _bos_token_id(path.with_name("tokenizer_config.json"), backend))
+        backend = read_backend(directory)
+        return cls(backend, _bos_token_id(directory, backend))
 
-    def encode(self, text: str, add_special_tokens: bool = True) -> list[int]:
+    def encode(self, text: str, add_special_tokens: bool = True, *, parse_special_tokens: bool = False) -> list[int]:
         """The ids of `text`, with the special tokens a model expects around it unless told otherwise.
 
-        Raises InputError where the text is not valid Unicode.
+        A special token that the text itself spells is text like any other; with `parse_special_tokens` it becomes
+        that token, for prompts that are written by hand or by a template. InputError where the text is not valid
+        Unicode.
         """
         try:
-            ids: list[int] = self._backend.encode(text, add_special_tokens=add_special_tokens).ids
+            with self._lock:
+                self._backend.encode_special_tokens = not parse_special_tokens
+                ids: list[int] = self._backend.encode(text, add_special_tokens=add_special_tokens).ids
         except TypeError as error:
             raise InputError("the text holds a lone surrogate, which is no character") from error
         if add_special_tokens and self._bos_token_id is not None and ids[:1] != [self._bos_token_id]:
@@ -83,16 +84,14 @@ def _is_byte_level(decoder: decoders.Decoder | None) -> bool:
     return kinds == ["ByteLevel"]
 
 
-def _bos_token_id(path: Path, backend: tokenizers.Tokenizer) -> int | None:
+def _bos_token_id(directory: str | Path, backend: tokenizers.Tokenizer) -> int | None:
     """The token a tokenizer_config.json puts before every text, None where it asks for none."""
-    if not path.is_file():
+    settings = read_settings(directory)
+    if not settings.get("add_bos_token"):
         return None
-    config = read_json(path)
-    if not config.get("add_bos_token"):
-        return None
-    token = config.get("bos_token")
-    content = token.get("content") if isinstance(token, dict) else token
-    token_id = backend.token_to_id(content) if isinstance(content, str) else None
+    content = named_token(settings, "bos_token")
+    token_id = None if content is None else backend.token_to_id(content)
     if token_id is None:
-        raise CheckpointError(f"{path} asks for a bos_token, but {content!r} is not in the vocabulary")
+        file = Path(directory) / SETTINGS
+        raise CheckpointError(f"{file} asks for a bos_token, but {content!r} is not in the vocabulary")
     return token_id

@@ -4,14 +4,14 @@ import re
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
-from pathlib import Path
 
 import numpy as np
 import tokenizers
 from numpy.typing import NDArray
 from tokenizers import decoders, models, pre_tokenizers, processors, trainers
 
-from kvell.errors import CheckpointError, InputError
+from kvell.errors import InputError
+from kvell.generation.tokenizer_files import read_backend
 from kvell.training.corpus import Document
 from kvell.training.ends import BOS, EOS
 from kvell.training.settings import NewTokenizer
@@ -88,7 +88,7 @@ def train_tokenizer(
     interruptibly(lambda: tokenizer.train_from_iterator(parts(), trainer), check)
     bos = (BOS, tokenizer.token_to_id(BOS))
     tokenizer.post_processor = processors.TemplateProcessing(single=f"{BOS} $A", special_tokens=[bos])
-    tokenizer.encode_special_tokens = True
+    tokenizer.encode_special_tokens = True  # a document that spells BOS or EOS is text there too
     return tokenizer
 
 
@@ -103,20 +103,8 @@ def without_long_words(text: str) -> Iterator[str]:
 
 
 def read_tokenizer(folder: str) -> tokenizers.Tokenizer:
-    """The tokenizer.json of a directory. CheckpointError where there is none that can be read.
-
-    Documents are encoded whole, whatever the file says of truncation and padding, and text that spells a special
-    token stays text.
-    """
-    file = Path(folder) / "tokenizer.json"
-    try:
-        tokenizer = tokenizers.Tokenizer.from_file(str(file))
-    except Exception as error:  # the library raises nothing more specific
-        raise CheckpointError(f"{file} cannot be read: {error}") from None
-    tokenizer.no_truncation()
-    tokenizer.no_padding()
-    tokenizer.encode_special_tokens = True
-    return tokenizer
+    """The tokenizer of a directory. CheckpointError where there is none that can be read."""
+    return read_backend(folder)
 
 
 def tokenise(
