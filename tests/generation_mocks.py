@@ -24,6 +24,7 @@ class MockConfig:
     max_positions: int = 1000
     bos_token_id: int | None = None
     eos_token_ids: tuple[int, ...] = ()
+    suppress_tokens: tuple[int, ...] = ()
     draft: object | None = None
 
 

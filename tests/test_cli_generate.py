@@ -82,6 +82,8 @@ def test_json_is_one_object_and_nothing_else(directory: Path, capsys: pytest.Cap
         "token_ids": ids,
         "text": ANSWER,
         "finish_reason": "eos",
+        "sampling": {"temperature": 0.0, "top_k": None, "top_p": None, "min_p": None, "seed": 0},
+        "suppress_tokens": [],
         "speculate": "off",
         "accepted_length": None,
         "cache_bytes": 2 * held,

@@ -23,7 +23,7 @@ EOS = TOKENIZER.special_token_id("<eos>")
 
 def model_saying(text: str, **config: Any) -> MockModel:
     """A model that answers a prompt of one token with `text`."""
-    ids = TOKENIZER.encode(text)
+    ids = TOKENIZER.encode(text, parse_special_tokens=True)
     return MockModel(MockConfig(vocab_size=VOCABULARY, eos_token_ids=(EOS,), **config), ids)
 
 
@@ -49,8 +49,9 @@ def test_a_piece_is_its_token_and_more() -> None:
     (piece,) = generate(MockModel(MockConfig(), [7], len(PROMPT)), PROMPT, max_new_tokens=1)
     assert piece == 7
     assert {7: "seven"}[piece] == "seven"
-    assert (piece.text, piece.finish_reason, piece.drafted) == ("", "length", False)
-    assert repr(piece) == "Piece(7, text='', finish_reason='length', drafted=False)"
+    assert (piece.finish_reason, piece.drafted) == ("length", False)
+    assert repr(piece) == "Piece(7, finish_reason='length', drafted=False)"
+    assert repr(said("s", max_new_tokens=1)[0]).endswith(", text='s', finish_reason='length', drafted=False)")
     copy = pickle.loads(pickle.dumps(Piece(7, "seven", "length", drafted=True)))
     assert (copy, copy.text, copy.finish_reason, copy.drafted) == (7, "seven", "length", True)
 
@@ -123,8 +124,10 @@ def test_an_end_token_is_yielded_without_text() -> None:
 
 def test_an_end_token_ends_the_text_without_a_tokenizer_too() -> None:
     pieces = list(generate(model_saying("the cat<eos>"), [5]))
-    assert pieces == TOKENIZER.encode("the cat<eos>")
-    assert (text_of(pieces), pieces[-1].finish_reason) == ("", "eos")
+    assert pieces == [*TOKENIZER.encode("the cat"), EOS]
+    assert pieces[-1].finish_reason == "eos"
+    with pytest.raises(InputError, match="give it tokenizer="):
+        _ = pieces[0].text
 
 
 def test_an_end_token_that_has_a_text_does_not_show_it() -> None:
@@ -159,7 +162,7 @@ def test_a_stop_string_across_tokens_is_not_shown() -> None:
 
 @pytest.mark.parametrize("ending", ["<eos>", ""])
 def test_the_beginning_of_a_stop_string_is_shown_when_the_text_ends_there(ending: str) -> None:
-    size = len(TOKENIZER.encode("the EN" + ending))
+    size = len(TOKENIZER.encode("the EN" + ending, parse_special_tokens=True))
     pieces = said("the EN" + ending, stop=["END"], max_new_tokens=size)
     assert text_of(pieces) == "the EN"
     assert pieces[-1].finish_reason == ("eos" if ending else "length")

@@ -26,9 +26,9 @@ TOKENIZER = Tokenizer(byte_level_backend())
 EOS = 1
 
 
-def seen(piece: Piece) -> tuple[int, str, str | None]:
+def seen(piece: Piece) -> tuple[int, str | None, str | None]:
     """What a reader gets of a piece, however it came about."""
-    return int(piece), piece.text, piece.finish_reason
+    return int(piece), piece._text, piece.finish_reason
 
 
 # Looking up

@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     from kvell.checkpoint import from_pretrained
     from kvell.config import ModelConfig
     from kvell.errors import CacheError, CheckpointError, ConfigError, InputError, KvellError
+    from kvell.families import GenerationDefaults
     from kvell.generation import Piece, Tokenizer, generate
     from kvell.model import Decoder
     from kvell.planning import Plan, plan
@@ -24,6 +25,7 @@ _HOMES = {
     "CheckpointError": "kvell.errors",
     "ConfigError": "kvell.errors",
     "Decoder": "kvell.model",
+    "GenerationDefaults": "kvell.families",
     "InputError": "kvell.errors",
     "KvellError": "kvell.errors",
     "ModelConfig": "kvell.config",
@@ -41,6 +43,7 @@ __all__ = [
     "CheckpointError",
     "ConfigError",
     "Decoder",
+    "GenerationDefaults",
     "InputError",
     "KvellError",
     "ModelConfig",

@@ -60,7 +60,8 @@ class ModelConfig(Part):
     """A whole model.
 
     `embedding_scale` multiplies the token embeddings (rounded to their dtype first). `logit_softcap` c turns logits
-    x into c * tanh(x / c). `family` names the released family whose files this config came from, if any.
+    x into c * tanh(x / c). `family` names the released family whose files this config came from, if any. A text ends
+    at one of `eos_token_ids`, and `suppress_tokens` are never chosen.
     """
 
     model_type: Literal["kvell"] = "kvell"
@@ -79,6 +80,7 @@ class ModelConfig(Part):
     initializer_range: PositiveFloat = 0.02
     bos_token_id: NonNegativeInt | None = None
     eos_token_ids: tuple[NonNegativeInt, ...] = ()
+    suppress_tokens: tuple[NonNegativeInt, ...] = ()
     pad_token_id: NonNegativeInt | None = None
 
     def __init__(self, **fields: Any) -> None:
@@ -149,7 +151,8 @@ class ModelConfig(Part):
 
     def digest(self) -> str:
         """A short name for the mathematics described: whatever a token's logits depend on, besides the weights."""
-        other = {"family", "max_positions", "initializer_range", "bos_token_id", "eos_token_ids", "pad_token_id"}
+        token_ids = {"bos_token_id", "eos_token_ids", "pad_token_id", "suppress_tokens"}
+        other = {"family", "max_positions", "initializer_range", *token_ids}
         return hashlib.sha256(self.model_dump_json(exclude=other).encode()).hexdigest()[:16]
 
     @classmethod

@@ -12,7 +12,7 @@ from kvell.checkpoint.quantised import FLOATS, QuantisedFiles
 from kvell.checkpoint.reading import TensorFiles, read_no_further
 from kvell.config import ModelConfig
 from kvell.errors import CheckpointError, InputError, naming, warn
-from kvell.families import FAMILIES, Placement, Placements, locate, read_config
+from kvell.families import FAMILIES, GENERATION, GenerationDefaults, Placement, Placements, locate, read_config
 from kvell.families.family import Family
 from kvell.files import read_json
 from kvell.layers.per_layer_embedding import MAPPED_SHARE, MappedTable
@@ -58,6 +58,8 @@ def from_pretrained(
         sources, left_out = match(files, config, family)
     if left_out:
         warn(_notice(left_out))
+    if ignored := GenerationDefaults.read(folder / GENERATION).unsupported:
+        warn(f"{folder / GENERATION} asks for {', '.join(ignored)}, which Kvell does not do: texts may differ")
     if dtype is None:
         dtype = files.dtype(next(iter(sources[EMBEDDING])))
     model = build_empty(config.with_released_rounding() if released_rounding else config, dtype)

@@ -14,7 +14,8 @@ from kvell.checkpoint.loading import native_placements
 from kvell.checkpoint.reading import INDEX, SINGLE
 from kvell.config import ModelConfig
 from kvell.errors import CheckpointError, ConfigError
-from kvell.families import FAMILIES, Placement, Placements, parse_config
+from kvell.families import FAMILIES, GENERATION, Placement, Placements, parse_config
+from kvell.families.generation_config import updated
 from kvell.files import beside, check_places, save_to
 from kvell.model import Decoder
 
@@ -41,6 +42,8 @@ def save_pretrained(model: Decoder, folder: Path, max_shard_bytes: int) -> None:
             index = {"metadata": {"total_size": total}, "weight_map": weight_map}
             (scratch / INDEX).write_text(json.dumps(index, indent=2))
         (scratch / CONFIG).write_text(json.dumps(values, indent=2) + "\n")
+        if (generation := updated(folder / GENERATION, model.config)) is not None:
+            (scratch / GENERATION).write_text(json.dumps(generation, indent=2) + "\n")
         _move_in(scratch, folder, names)
 
 
@@ -49,13 +52,14 @@ def _move_in(scratch: Path, folder: Path, names: list[str]) -> None:
 
     New shards have names of their own: up to here nothing reads them. What makes them the model's is one rename, that
     of the index or the single file, or, where a single file stood before, which is read rather than an index, its
-    removal. Where the config changes with it, the old one goes first and the new one comes last: in between, the
-    folder does not load.
+    removal. Where the config or generation_config.json changes with it, the old config goes first and the new one
+    comes last: in between, the folder does not load.
     """
     head, shards = (SINGLE, []) if names == [SINGLE] else (INDEX, names)
-    check_places(folder, [*names, head, CONFIG])
+    check_places(folder, [*names, head, CONFIG, GENERATION])
     config = folder / CONFIG
-    changes = not config.exists() or config.read_bytes() != (scratch / CONFIG).read_bytes()
+    generates_otherwise = (scratch / GENERATION).exists()
+    changes = generates_otherwise or not config.exists() or config.read_bytes() != (scratch / CONFIG).read_bytes()
     former = scratch / f"former-{CONFIG}"
     try:
         for name in shards:
@@ -72,6 +76,8 @@ def _move_in(scratch: Path, folder: Path, names: list[str]) -> None:
         raise
     with _half_saved(folder):
         (folder / (SINGLE if head == INDEX else INDEX)).unlink(missing_ok=True)
+        if generates_otherwise:
+            os.replace(scratch / GENERATION, folder / GENERATION)
         if changes:
             os.replace(scratch / CONFIG, config)
         for stale in folder.glob("model-*-of-*.safetensors"):
@@ -96,7 +102,8 @@ def released_form(config: ModelConfig) -> tuple[dict[str, Any], Placements] | No
         return None
     try:
         values = family.write_config(config)
-        fits = parse_config(json.loads(json.dumps(values))) == config
+        # generation_config.json has the tokens that are never chosen: see families/generation_config.py.
+        fits = parse_config(json.loads(json.dumps(values))) == config.model_copy(update={"suppress_tokens": ()})
     except (ConfigError, AttributeError, TypeError):
         return None
     return (values, family.placements(config)) if fits else None

@@ -2,9 +2,10 @@
 
 import sys
 from collections.abc import Iterator
+from dataclasses import asdict
 from itertools import chain
 from time import perf_counter
-from typing import TYPE_CHECKING, Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
@@ -34,7 +35,17 @@ def generate(
         str | None, typer.Option(help="A file that holds the prompt; - is stdin.", metavar="FILE")
     ] = None,
     max_new_tokens: Annotated[int, typer.Option(help="How many tokens to generate at most.")] = 64,
-    temperature: Annotated[float, typer.Option(help="0 always takes the most probable token.")] = 0.0,
+    parse_special_tokens: Annotated[
+        bool,
+        typer.Option("--parse-special-tokens", help="Take special tokens that the prompt spells for what they are."),
+    ] = False,
+    temperature: Annotated[
+        float | None,
+        typer.Option(
+            help="0 always takes the most probable token. What generation_config.json says, without it; so also for "
+            "the three below."
+        ),
+    ] = None,
     top_k: Annotated[int | None, typer.Option(help="Draw from the k most probable tokens.")] = None,
     top_p: Annotated[
         float | None, typer.Option(help="Draw from the fewest tokens that have this probability together.")
@@ -91,7 +102,9 @@ def generate(
     from kvell.planning import full_attention_nbytes
 
     # What is wrong with the settings is found before the weights are read, which may take minutes.
-    SamplingSettings(temperature, top_k, top_p, min_p, seed)
+    flags = {"temperature": temperature, "top_k": top_k, "top_p": top_p, "min_p": min_p, "seed": seed}
+    given: dict[str, Any] = {name: value for name, value in flags.items() if value is not None}
+    SamplingSettings(**given)
     speculation = SpeculationSettings(speculate, drafts)
     torch_device, torch_dtype = available_device(device), known_dtype(dtype)
     set_threads(threads)
@@ -103,7 +116,8 @@ def generate(
             )
     directory = locate(model or bundled_model_path(), HUB_FILES)
     tokenizer = Tokenizer.from_pretrained(directory)
-    prompt_ids = tokenizer.encode(text)
+    prompt_ids = tokenizer.encode(text, parse_special_tokens=parse_special_tokens)
+    sampling = SamplingSettings(**kvell.GenerationDefaults.from_pretrained(directory).sampling() | given)
 
     decoder = kvell.from_pretrained(
         directory, dtype=torch_dtype, device=torch_device, released_rounding=released_rounding
@@ -118,11 +132,7 @@ def generate(
             decoder,
             prompt_ids,
             max_new_tokens=max_new_tokens,
-            temperature=temperature,
-            top_k=top_k,
-            top_p=top_p,
-            min_p=min_p,
-            seed=seed,
+            **asdict(sampling),
             stop=stop or (),
             tokenizer=tokenizer,
             cache=cache,
@@ -144,6 +154,8 @@ def generate(
         seconds_to_first_token=prefilled - started,
         prefill_tokens_per_second=len(prompt_ids) / (prefilled - started),
         decode_tokens_per_second=(len(generated) - 1) / decode_seconds if len(generated) > 1 else None,
+        sampling=asdict(sampling),
+        suppress_tokens=list(decoder.config.suppress_tokens),
         speculate=speculate,
         accepted_length=None if speculate == "off" else accepted_length(generated),
         cache_bytes=cache.nbytes,

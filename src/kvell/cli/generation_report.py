@@ -13,6 +13,7 @@ class GenerationReport:
     """The result of `kvell generate`. Rates are None where a single token leaves nothing to measure.
 
     `accepted_length` is how many tokens a step of the model gave, None without speculation.
+    `sampling` and `suppress_tokens` are how tokens were chosen, by flags, generation_config.json and defaults.
     `full_attention_bytes` is what a cache of every layer's own keys and values would hold for as many tokens.
     """
 
@@ -24,6 +25,8 @@ class GenerationReport:
     seconds_to_first_token: float
     prefill_tokens_per_second: float
     decode_tokens_per_second: float | None
+    sampling: dict[str, float | None]
+    suppress_tokens: list[int]
     speculate: str
     accepted_length: float | None
     cache_bytes: int
@@ -31,6 +34,11 @@ class GenerationReport:
 
     def to_json(self) -> str:
         return json.dumps(asdict(self))
+
+    def _described_sampling(self) -> str:
+        if self.sampling["temperature"] == 0:
+            return "greedy"
+        return ", ".join(f"{name} {value:g}" for name, value in self.sampling.items() if value is not None)
 
     def to_table(self) -> "Table":
         from rich.filesize import decimal
@@ -45,6 +53,9 @@ class GenerationReport:
         table.add_row("time to first token", f"{self.seconds_to_first_token:.2f} s")
         table.add_row("prefill", f"{self.prefill_tokens_per_second:.1f} tokens/s")
         table.add_row("decode", "-" if rate is None else f"{rate:.1f} tokens/s")
+        table.add_row("sampling", self._described_sampling())
+        if self.suppress_tokens:
+            table.add_row("never chosen", f"{len(self.suppress_tokens)} tokens of suppress_tokens")
         if self.speculate != "off":
             table.add_row("accepted length", "-" if length is None else f"{length:.2f} tokens/step")
         table.add_row("cache", decimal(self.cache_bytes))

@@ -12,6 +12,7 @@ from kvell.config_file import read_config_file
 from kvell.errors import CheckpointError, ConfigError, naming
 from kvell.families import deepseek_v4, gemma4, laguna, zaya
 from kvell.families.family import Family, Placement, Placements
+from kvell.families.generation_config import GENERATION, GenerationDefaults
 from kvell.files import read_json
 
 FAMILIES: dict[str, Family] = {
@@ -44,7 +45,7 @@ def read_config(path: str | Path) -> ModelConfig:
     if str(path) in builtin_names() and not Path(path).exists():
         text = (resources.files("kvell.families") / "configs" / f"{path}.json").read_text()
         return parse_config(json.loads(text))
-    file = locate(path, patterns=["config.json", "generation_config.json"])
+    file = locate(path, patterns=["config.json", GENERATION])
     file = file / "config.json" if file.is_dir() else file
     if file.suffix in (".yaml", ".yml"):
         return read_config_file(file)
@@ -53,13 +54,7 @@ def read_config(path: str | Path) -> ModelConfig:
         return read_config_file(file)
     with naming(file):
         config = parse_config(values)
-    generation = file.with_name("generation_config.json")
-    if generation.is_file() and (ids := read_json(generation).get("eos_token_id")) is not None:
-        # Where both files name the ends of a turn, this one is the fuller: Gemma 4's names two, its config one.
-        more = ids if isinstance(ids, list) else [ids]
-        merged = [*config.eos_token_ids, *(one for one in more if one not in config.eos_token_ids)]
-        config = ModelConfig.from_dict(config.model_dump() | {"eos_token_ids": merged}, str(generation))
-    return config
+    return GenerationDefaults.read(file.with_name(GENERATION)).added_to(config)
 
 
 def locate(path: str | Path, patterns: list[str]) -> Path:
@@ -94,7 +89,9 @@ def locate(path: str | Path, patterns: list[str]) -> Path:
 
 __all__ = [
     "FAMILIES",
+    "GENERATION",
     "Family",
+    "GenerationDefaults",
     "Placement",
     "Placements",
     "builtin_names",

@@ -25,27 +25,33 @@ def default_prefill_chunk(device: torch.device) -> int:
 class Piece(int):
     """A generated token's id, with the text it released.
 
-    `text` is empty while a character is unfinished or a stop string may have begun: later pieces bring it. It
-    is always empty without a tokenizer. `finish_reason` is None on all pieces but the last. `drafted` says whether
-    speculation had proposed the token: then it cost no step of the model.
+    `text` is empty while a character is unfinished or a stop string may have begun: later pieces bring it. A
+    generation without a tokenizer knows no text: InputError where it is asked for. `finish_reason` is None on all
+    pieces but the last. `drafted` says whether speculation had proposed the token: then it cost no step of the model.
     """
 
-    text: str
     finish_reason: FinishReason | None
     drafted: bool
+    _text: str | None
 
     def __new__(
-        cls, token_id: int, text: str = "", finish_reason: FinishReason | None = None, drafted: bool = False
+        cls, token_id: int, text: str | None = None, finish_reason: FinishReason | None = None, drafted: bool = False
     ) -> "Piece":
         piece = super().__new__(cls, token_id)
-        piece.text = text
+        piece._text = text
         piece.finish_reason = finish_reason
         piece.drafted = drafted
         return piece
 
+    @property
+    def text(self) -> str:
+        if self._text is None:
+            raise InputError("a piece has a text where generate knows the tokenizer: give it tokenizer=")
+        return self._text
+
     def __repr__(self) -> str:
-        fields = f"text={self.text!r}, finish_reason={self.finish_reason!r}, drafted={self.drafted}"
-        return f"Piece({int(self)}, {fields})"
+        text = "" if self._text is None else f"text={self._text!r}, "
+        return f"Piece({int(self)}, {text}finish_reason={self.finish_reason!r}, drafted={self.drafted})"
 
 
 def accepted_length(pieces: Sequence[Piece]) -> float | None:
@@ -75,12 +81,16 @@ def generate(
     on_prefill: Callable[[int], None] | None = None,
     speculate: Speculate = "off",
     num_drafts: int | None = None,
+    suppress_tokens: Sequence[int] | None = None,
 ) -> Generator[Piece, None, None]:
-    """Yields the tokens that follow a prompt (ids, or a tensor of them of shape (T,)) as they are chosen.
+    """Yields the tokens that follow a prompt (ids, or a tensor of them of shape (T,)) as they are chosen. With a
+    `tokenizer` each brings the text it released.
 
     The text ends at one of the model's end tokens ("eos"), at a stop string, which is not shown ("stop"), or
     after `max_new_tokens` ("length"). At temperature 0 the most probable token is taken, of equal ones the
-    lowest id; `kvell.generation.sampling` says what the other settings do.
+    lowest id; `kvell.generation.sampling` says what the other settings do, and
+    `kvell.GenerationDefaults.from_pretrained(path).sampling()` what a model's makers recommend. Tokens in
+    `suppress_tokens` are never chosen: None stands for the config's, which generation_config.json may name.
 
     With a `cache` the prompt continues what the cache holds. Afterwards the cache holds everything but the
     last token yielded, which the model has not been given yet. The prompt is fed `prefill_chunk` tokens at a
@@ -94,7 +104,8 @@ def generate(
     one comes or the generator is closed. `kvell.generation.speculation` says more.
 
     Raises InputError at once for a prompt or setting the model cannot take, and warns where the text may grow
-    past the positions the model was made for.
+    past the positions the model was made for, and of a prompt that does not begin with exactly one of the BOS tokens
+    that the model's config names.
     """
     stop = (stop,) if isinstance(stop, str) else tuple(stop)
     settings = SamplingSettings(temperature, top_k, top_p, min_p, seed)
@@ -108,17 +119,21 @@ def generate(
     if "" in stop:
         raise InputError("a stop string is empty: every text would stop at once")
     prompt = _checked_prompt(prompt_ids, model.config.vocab_size)
-    drafter = speculation.make_drafter(model)
+    suppressed = _checked_suppressed(suppress_tokens, model.config)
+    drafter = speculation.make_drafter(model, suppressed)
     if cache is None:
         cache = model.make_cache(max_rewind=speculation.max_drafts)
     if len(cache.lengths) != 1:
         raise InputError(f"the cache holds {len(cache.lengths)} sequences, and generate continues one")
     speculation.check_cache(cache)
+    if not cache.lengths[0]:
+        _hint_at_bos(prompt[:2].tolist(), model.config.bos_token_id)
     _warn_of_length(cache.lengths[0] + len(prompt) + max_new_tokens, model.config, cache)
+    barred = {*model.config.eos_token_ids, *suppressed}
     return _pieces(
-        Reader(model, cache, drafter, speculation.max_drafts),
+        Reader(model, cache, drafter, speculation.max_drafts, barred),
         torch.split(prompt, prefill_chunk),
-        Sampler(settings),
+        Sampler(settings, suppressed),
         None if tokenizer is None else Transcript(tokenizer, stop),
         model.config.eos_token_ids,
         max_new_tokens,
@@ -127,6 +142,8 @@ def generate(
 
 
 def _checked_prompt(prompt_ids: Sequence[int] | Tensor, vocab_size: int) -> Int[Tensor, " T"]:
+    if isinstance(prompt_ids, str):
+        raise InputError("the prompt is text, and generate takes token ids: tokenizer.encode(text) makes them")
     try:
         prompt = torch.as_tensor(prompt_ids)
     except (TypeError, ValueError, RuntimeError) as error:
@@ -140,6 +157,29 @@ def _checked_prompt(prompt_ids: Sequence[int] | Tensor, vocab_size: int) -> Int[
     if len(outside):
         raise InputError(f"token id {int(outside[0])} is outside the vocabulary of {vocab_size}")
     return prompt.long()
+
+
+def _checked_suppressed(suppress_tokens: Sequence[int] | None, config: LanguageModelConfig) -> list[int]:
+    """Ids of the vocabulary that are never chosen; others mean nothing, as in transformers."""
+    given = config.suppress_tokens if suppress_tokens is None else suppress_tokens
+    ids = {whole_number("an id in suppress_tokens", one, 0) for one in given}
+    suppressed = sorted(one for one in ids if one < config.vocab_size)
+    if len(suppressed) == config.vocab_size:
+        raise InputError("suppress_tokens names the whole vocabulary: no token is left to choose")
+    return suppressed
+
+
+def _hint_at_bos(beginning: list[int], bos: int | None) -> None:
+    """Says of a text that begins without the BOS token of its model, or with two, what usually is meant."""
+    if bos is None:
+        return
+    if beginning[0] != bos:
+        warn(
+            f"the prompt does not begin with BOS, token {bos}, which the model's config names: many models lose the "
+            f"thread without it. Put [{bos}] before the ids, or set add_bos_token in tokenizer_config.json"
+        )
+    elif beginning == [bos, bos]:
+        warn(f"the prompt begins with BOS, token {bos}, twice: text that spells it needs add_special_tokens=False")
 
 
 def _warn_of_length(length: int, config: LanguageModelConfig, cache: SequenceCache) -> None:
@@ -166,7 +206,8 @@ def _pieces(
         for count in range(1, max_new_tokens + 1):
             token = sampler(reader.logits)
             drafted = token == reader.drafted
-            text, reason = "", _finish_reason(token, count, max_new_tokens, eos_token_ids)
+            reason = _finish_reason(token, count, max_new_tokens, eos_token_ids)
+            text: str | None = None
             if transcript is not None:
                 text, reason = _release(transcript, token, reason)
             if reason is not None or not drafted:

@@ -40,7 +40,15 @@ class LanguageModelConfig(Protocol):
     def max_positions(self) -> int: ...
 
     @property
+    def bos_token_id(self) -> int | None: ...
+
+    @property
     def eos_token_ids(self) -> tuple[int, ...]: ...
+
+    @property
+    def suppress_tokens(self) -> tuple[int, ...]:
+        """Ids that are never chosen."""
+        ...
 
 
 @runtime_checkable

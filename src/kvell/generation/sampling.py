@@ -6,11 +6,13 @@
     keep tokens at least min_p times as probable as the best (Nguyen et al. 2024, arXiv 2407.01082)
     draw from what is left in proportion to exp(score)
 
+Before all of it tokens that are never to be chosen get a logit of minus infinity, at temperature 0 too.
 Each step renormalises what the one before it kept. What people get wrong: the token that takes the sum past
 top_p belongs to the nucleus, so at least one token is always left.
 """
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from numbers import Real
 
@@ -50,14 +52,19 @@ class SamplingSettings:
 
 
 class Sampler:
-    """Chooses one sequence's tokens. Equal settings and equal logits give equal tokens, on any device."""
+    """Chooses one sequence's tokens, none of `suppressed`. Equal settings and equal logits give equal tokens, on any
+    device."""
 
-    def __init__(self, settings: SamplingSettings) -> None:
+    def __init__(self, settings: SamplingSettings, suppressed: Sequence[int] = ()) -> None:
         self.settings = settings
+        self._suppressed = torch.tensor(suppressed, dtype=torch.long)
         self._generator = torch.Generator().manual_seed(int(settings.seed))
 
     def __call__(self, logits: Float[Tensor, " V"]) -> int:
         """The next token's id. Raises KvellError where the logits are not numbers."""
+        if len(self._suppressed):
+            self._suppressed = self._suppressed.to(logits.device)
+            logits = logits.index_fill(-1, self._suppressed, -math.inf)
         highest, most_probable = logits.max(dim=-1)
         if not math.isfinite(highest):
             raise KvellError(

@@ -12,13 +12,14 @@ drafts must change the time a text takes and nothing else. The text is plain gen
 logits, which a step of several tokens may round otherwise than steps of one.
 """
 
-from collections.abc import Sequence
+import math
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from itertools import cycle, islice, takewhile
 from typing import Any, Literal, Protocol, get_args
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor
 
 from kvell.errors import InputError, whole_number
@@ -72,10 +73,10 @@ class SpeculationSettings:
                 'speculate="mtp" starts with an empty cache, "lookup" with any'
             )
 
-    def make_drafter(self, model: LanguageModel) -> "Drafter":
+    def make_drafter(self, model: LanguageModel, suppressed: Sequence[int] = ()) -> "Drafter":
         """Raises InputError for a model that lacks what it takes."""
         if self.speculate == "mtp":
-            return MTPDrafter(_with_draft_block(model), self.max_drafts)
+            return MTPDrafter(_with_draft_block(model), self.max_drafts, suppressed)
         return LookupDrafter() if self.speculate == "lookup" else NoDrafter()
 
 
@@ -161,13 +162,15 @@ class MTPDrafter:
 
     The block takes the model's streams of the token at position p with the id of the token at p + 1, and proposes the
     token at p + 2. It sees every position of the text once, with the model's own streams. For more than one draft its
-    own streams and its own proposal stand in for what the model has not made yet; these rows are taken back.
+    own streams and its own proposal stand in for what the model has not made yet; these rows are taken back. As the
+    model's own choice, a draft is none of the `suppressed` tokens.
     """
 
     needs_streams = True
 
-    def __init__(self, model: DraftingModel, num_drafts: int) -> None:
+    def __init__(self, model: DraftingModel, num_drafts: int, suppressed: Sequence[int] = ()) -> None:
         self._model = model
+        self._suppressed = torch.tensor(suppressed, dtype=torch.long, device=model.device)
         self._cache = model.make_draft_cache(max_rewind=num_drafts - 1)
         # Streams (1, n, ...) that the block has not seen, and the n - 1 tokens after all of them but the last, whose
         # next token is not known before the next call.
@@ -181,13 +184,16 @@ class MTPDrafter:
 
     def propose(self, last: int, most: int) -> list[int]:
         logits, streams = self._feed_waiting(last)
-        drafts = [logits[:, -1:].argmax(dim=-1)]
+        drafts = [self._most_probable(logits[:, -1:])]
         for _ in range(most - 1):
             logits, streams = self._model.draft(streams[:, -1:], drafts[-1], cache=self._cache)
-            drafts.append(logits.argmax(dim=-1))
+            drafts.append(self._most_probable(logits))
         if most > 1:
             self._cache.rewind(most - 1)
         return torch.cat(drafts, dim=1)[0].tolist()  # fetched together: an accelerator is waited for once
+
+    def _most_probable(self, logits: Float[Tensor, "1 1 V"]) -> Int[Tensor, "1 1"]:
+        return logits.index_fill(-1, self._suppressed, -math.inf).argmax(dim=-1)
 
     def _feed_waiting(self, token: int) -> tuple[Float[Tensor, "1 n V"], Float[Tensor, "1 n *C"]]:
         """Shows the block what waits; `token` follows the last of it."""
@@ -203,10 +209,19 @@ class Reader:
 
     `read` is for a prompt. From then on `logits` are about the next token, and `read_on` is told which it became. The
     cache holds what has been read, and up to `drop_drafts` all drafts of the step, the accepted ones and the others.
+    Nothing is drafted from a token on that is in `barred`: no text goes on behind it.
     """
 
-    def __init__(self, model: LanguageModel, cache: SequenceCache, drafter: Drafter, max_drafts: int) -> None:
+    def __init__(
+        self,
+        model: LanguageModel,
+        cache: SequenceCache,
+        drafter: Drafter,
+        max_drafts: int,
+        barred: Collection[int] = (),
+    ) -> None:
         self._model, self._cache, self._drafter, self._max_drafts = model, cache, drafter, max_drafts
+        self._barred = frozenset(barred)
         self._options: dict[str, Any] = {"return_streams": True} if drafter.needs_streams else {}
         # The last step: what it read, its streams, and its logits (k + 1, V) of its last token and its k drafts.
         self._tokens: list[int] = []
@@ -248,12 +263,11 @@ class Reader:
             self._cache.rewind(wrong)
 
     def _propose(self, token: int, most: int) -> list[int]:
-        """Drafts that the text and the cache have room for. Nothing is of use from an end token on."""
+        """Drafts that the text and the cache have room for."""
         if self._cache.max_length is not None:
             most = min(most, self._cache.max_length - self._cache.lengths[0] - 1)
         drafts = self._drafter.propose(token, most) if most > 0 else []
-        end_tokens = self._model.config.eos_token_ids
-        return list(takewhile(lambda draft: draft not in end_tokens, drafts))
+        return list(takewhile(lambda draft: draft not in self._barred, drafts))
 
     def _finish_step(self) -> None:
         """Tells the drafter what of the last step has become text."""
