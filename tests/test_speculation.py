@@ -2,6 +2,7 @@
 
 import re
 import time
+import tracemalloc
 from collections.abc import Callable, Sequence
 from itertools import islice, pairwise
 from typing import Any
@@ -112,6 +113,19 @@ def test_a_lookup_in_a_long_text_costs_what_one_in_a_short_text_does() -> None:
         return min(durations)
 
     assert seconds(100_000) < 20 * seconds(100)
+
+
+def test_what_a_lookup_remembers_takes_few_bytes_a_token() -> None:
+    """Every n-gram of this text is another. Four bytes for the token, and in three tables a position of four bytes in
+    a slot of which a third to two thirds are taken: 4 + 3 x 4 x 3 = 40 at most."""
+    text = torch.randperm(30_000).tolist()
+    tracemalloc.start()
+    drafter = LookupDrafter()
+    drafter.read(text, None)
+    held, _ = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert held < 45 * len(text)
+    assert drafter.propose(text[20_000], 4) == text[20_001:20_005]
 
 
 # The same text

@@ -13,6 +13,7 @@ logits, which a step of several tokens may round otherwise than steps of one.
 """
 
 import math
+from array import array
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from itertools import cycle, islice, takewhile
@@ -24,6 +25,7 @@ from torch import Tensor
 
 from kvell.errors import InputError, whole_number
 from kvell.generation.interface import DraftingModel, LanguageModel, SequenceCache
+from kvell.generation.ngrams import NgramIndex
 
 Speculate = Literal["off", "lookup", "mtp"]
 
@@ -125,35 +127,33 @@ class LookupDrafter:
 
     The longest suffix of at most `max_ngram` tokens that has occurred before counts, and its latest occurrence.
     Where what followed reaches the end of the text, the text is repeating itself, and the proposal repeats on. An
-    index of all n-grams says where each one's latest occurrence ended: a step's work does not grow with the text.
+    index for each length of n-grams says where each one's latest occurrence ended: a step's work does not grow with
+    the text.
     """
 
     needs_streams = False
 
     def __init__(self, max_ngram: int = 3) -> None:
-        self._max_ngram = max_ngram
-        self._text: list[int] = []
-        self._follower: dict[tuple[int, ...], int] = {}  # by n-gram: the position after its latest occurrence
+        self._text = array("i")
+        self._indices = {size: NgramIndex(size) for size in range(max_ngram, 0, -1)}  # the longest first
 
     def read(self, tokens: Sequence[int], streams: Float[Tensor, "1 n *C"] | None) -> None:
         for token in tokens:
             self._text.append(token)
-            for ngram in self._suffixes():
-                self._follower[ngram] = len(self._text)
+            end = len(self._text)
+            for size, index in self._indices.items():
+                if size <= end:
+                    index.add(self._text, end)
 
     def propose(self, last: int, most: int) -> list[int]:
-        # `last` is not in the index yet, so whatever is found there is an earlier occurrence.
+        # `last` is in no index yet, so whatever is found there is an earlier occurrence.
         self._text.append(last)
-        starts = (self._follower[ngram] for ngram in self._suffixes() if ngram in self._follower)
-        start = next(starts, None)
-        followed = [] if start is None else self._text[start : start + most]
+        end = len(self._text)
+        found = (index.find(self._text, end) for size, index in self._indices.items() if size <= end)
+        start = next((place for place in found if place is not None), None)
+        followed = [] if start is None else self._text[start : start + most].tolist()
         self._text.pop()
         return list(islice(cycle(followed), most))
-
-    def _suffixes(self) -> list[tuple[int, ...]]:
-        """The text's last tokens as n-grams, the longest first."""
-        longest = min(self._max_ngram, len(self._text))
-        return [tuple(self._text[-size:]) for size in range(longest, 0, -1)]
 
 
 class MTPDrafter:
