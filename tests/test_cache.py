@@ -1,6 +1,8 @@
 """What a cache holds, what it reserves, and what it refuses."""
 
+import copy
 import json
+import pickle
 import subprocess
 import sys
 from pathlib import Path
@@ -15,10 +17,11 @@ from safetensors.torch import save_file
 from strategies import random_model
 from torch import Tensor
 
+import kvell
 from kvell import Cache, CacheError, CheckpointError, Decoder, ModelConfig
 from kvell.cache import StreamSpec
 from kvell.cache.stream import BLOCK_ROWS, Stream
-from kvell.config import LayerConfig
+from kvell.config import DraftConfig, LayerConfig
 from kvell.layers.feed_forward import GatedMLP
 from kvell.layers.grouped_query import GroupedQuery
 from kvell.layers.rotary import DefaultRotary
@@ -307,6 +310,85 @@ def test_a_cache_stepped_in_inference_mode_continues_outside_it(model: Decoder) 
         with torch.inference_mode():
             model(tokens[:, :20], cache=cache)
         torch.testing.assert_close(model(tokens[:, 20:], cache=cache), whole[:, 20:], atol=1e-4, rtol=1e-4)
+
+
+def copies(cache: Cache) -> dict[str, Cache]:
+    """Every way to have a cache once more."""
+    return {
+        "itself": cache,
+        "fork": cache.fork(),
+        "select": cache.select([0]),
+        "merge": Cache.merge([cache]),
+        "shallow": copy.copy(cache.fork()),
+        "deep": copy.deepcopy(cache),
+        "pickled": pickle.loads(pickle.dumps(cache)),
+    }
+
+
+def test_a_live_cache_of_a_model_with_other_weights_is_refused(model: Decoder) -> None:
+    other = random_model(model.config, seed=1)
+    tokens = torch.tensor([[3, 1, 4]])
+    cache = other.make_cache()
+    other(tokens, cache=cache)
+    wanted = other(tokens, cache=cache.fork())
+    for name, one in copies(cache).items():
+        with pytest.raises(CacheError, match="made by another model: its rows mean nothing to this one"):
+            model(tokens, cache=one)
+        assert torch.equal(other(tokens, cache=one), wanted), name
+
+
+@torch.no_grad()
+def test_a_live_cache_goes_on_with_its_model_reloaded_copied_or_changed_in_place(
+    model: Decoder, tmp_path: Path
+) -> None:
+    model.save_pretrained(tmp_path)
+    tokens = torch.tensor([[3, 1, 4]])
+    cache = model.make_cache()
+    model(tokens, cache=cache)
+    wanted = model(tokens, cache=cache.fork())
+    for same in (kvell.from_pretrained(tmp_path), copy.deepcopy(model)):
+        for name, one in copies(cache.fork()).items():
+            assert torch.equal(same(tokens, cache=one), wanted), name
+    later = cache.fork()
+    model.norm.weight.add_(1)
+    assert not torch.equal(model(tokens, cache=later), wanted)
+
+
+def test_a_draft_blocks_cache_knows_its_model_too(model: Decoder) -> None:
+    config = model.config.model_copy(update={"draft": DraftConfig(layer=model.config.layers[0])})
+    mine, others = random_model(config), random_model(config, seed=1)
+    tokens = torch.tensor([[3, 1, 4]])
+    _, streams = mine(tokens, return_streams=True)
+    with pytest.raises(CacheError, match="made by another model"):
+        mine.draft(streams, tokens, cache=others.make_draft_cache())
+    cache = mine.make_draft_cache()
+    mine.draft(streams, tokens, cache=cache)
+    assert cache.lengths == [3]
+
+
+def test_weights_are_sampled_only_where_a_cache_is_saved_or_meets_another_model(
+    model: Decoder, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[Decoder] = []
+    fingerprint = Decoder.fingerprint
+
+    def counting(model: Decoder) -> str:
+        asked.append(model)
+        return fingerprint(model)
+
+    monkeypatch.setattr(Decoder, "fingerprint", counting)
+    cache = model.make_cache(max_rewind=2)
+    feed(model, cache, 5)
+    cache.rewind(1)
+    feed(model, Cache.merge([cache, cache.fork(), model.make_cache(max_rewind=2)]), 1)
+    assert asked == []
+    cache.save(tmp_path / "state")
+    assert asked == [model]
+    again = copy.deepcopy(model)
+    feed(again, cache, 1)
+    assert asked == [model, model, again]
+    feed(again, cache, 1)
+    assert len(asked) == 3, "once is enough"
 
 
 def test_another_models_cache_is_refused_and_stays_usable(model: Decoder) -> None:

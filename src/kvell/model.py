@@ -373,7 +373,7 @@ class Decoder(nn.Module):
             max_length,
             dtype=self.dtype,
             device=self.device,
-            fingerprint=self.fingerprint(),
+            maker=self,
         )
 
     def _lengths(self, tokens: Tensor, counts: Sequence[int] | None) -> list[int]:
@@ -400,7 +400,8 @@ class Decoder(nn.Module):
         return lengths
 
     def _check_cache(self, cache: Cache | None, lengths: list[int], streams: StreamSpecs) -> None:
-        """CacheError for a cache that was made for other streams, another dtype or device, or that is full."""
+        """CacheError for a cache that another model made, for other streams, another dtype or device, or that is
+        full."""
         if cache is None:
             return
         if cache.specs is not streams and cache.specs != streams:
@@ -408,6 +409,7 @@ class Decoder(nn.Module):
         if (cache.dtype, cache.device) != (self.dtype, self.device):
             mine, its = f"{self.dtype} on {self.device}", f"{cache.dtype} on {cache.device}"
             raise CacheError(f"the cache holds {its}, the model is {mine}: make a cache after moving the model")
+        cache.check_model(self)
         cache.check_step(lengths)
 
     def _warn_of_length(self, lengths: list[int], cache: Cache | None) -> None:

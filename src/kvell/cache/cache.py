@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from kvell.cache.origin import Fingerprinted, Origin
 from kvell.cache.stream import Extended, Stream, StreamSpec
 from kvell.errors import CacheError, whole_number
 
@@ -54,8 +55,9 @@ class Cache:
 
     `max_rewind` is how many of the newest tokens can always be taken back (fewer right after a rewind).
     `max_length` reserves the memory for so many tokens a sequence exactly and refuses more; without it buffers grow,
-    with at most an eighth and one block of rows in reserve. `dtype` is the model's, `fingerprint` tells the model
-    apart from others when the cache is saved.
+    with at most an eighth and one block of rows in reserve. `dtype` is the model's, and `maker` the model itself,
+    which the cache holds on to: no other takes it, unless config and weights are the same. A cache without a maker
+    cannot be saved.
     """
 
     def __init__(
@@ -67,7 +69,7 @@ class Cache:
         *,
         dtype: torch.dtype = torch.float32,
         device: torch.device | str = "cpu",
-        fingerprint: str | None = None,
+        maker: Fingerprinted | None = None,
     ) -> None:
         batch_size = whole_number("batch_size", batch_size, error=CacheError)
         self.specs = specs
@@ -76,7 +78,7 @@ class Cache:
             max_length = whole_number("max_length", max_length, most=2**63 - 1, error=CacheError)
         self.max_length = max_length
         self.dtype, self.device = dtype, torch.device(device)
-        self.fingerprint = fingerprint
+        self._origin = None if maker is None else Origin(maker)
         try:
             self.sequences = [self._new_sequence() for _ in range(batch_size)]
         except RuntimeError as error:
@@ -167,10 +169,11 @@ class Cache:
         first = caches[0]
         for other in caches:
             other.check_whole()
-            for name in ("specs", "fingerprint", "dtype", "device", "max_rewind", "max_length"):
+            for name in ("specs", "dtype", "device", "max_rewind", "max_length"):
                 if getattr(other, name) != getattr(first, name):
-                    what = {"specs": "streams", "fingerprint": "model"}.get(name, name)
-                    raise CacheError(f"cannot merge caches whose {what} differs")
+                    raise CacheError(f"cannot merge caches whose {'streams' if name == 'specs' else name} differs")
+            if not _same_origin(first._origin, other._origin):
+                raise CacheError("cannot merge caches whose model differs")
         return first._with([sequence.copy() for cache in caches for sequence in cache.sequences])
 
     def save(self, path: str | Path) -> None:
@@ -185,6 +188,21 @@ class Cache:
         from kvell.cache.file import load
 
         return load(Path(path), model)
+
+    @property
+    def fingerprint(self) -> str | None:
+        """Tells the model that made the cache apart from others; None for a cache that knows none."""
+        return None if self._origin is None else self._origin.fingerprint()
+
+    def check_model(self, model: Fingerprinted) -> None:
+        """CacheError if another model made this cache. One of the same config and weights, as a model that was loaded
+        again, is taken for the maker from here on."""
+        if self._origin is None or self._origin.model is model:
+            return
+        here = Origin(model)
+        if not self._origin.is_same(here):
+            raise CacheError("the cache was made by another model: its rows mean nothing to this one")
+        self._origin = here
 
     def check_step(self, counts: Sequence[int]) -> None:
         """CacheError if a step of `counts[i]` new tokens for sequence i does not fit."""
@@ -256,3 +274,9 @@ class Cache:
 
     def __repr__(self) -> str:
         return f"Cache(lengths={self.lengths}, nbytes={self.nbytes}, max_rewind={self.max_rewind})"
+
+
+def _same_origin(first: Origin | None, second: Origin | None) -> bool:
+    if first is None or second is None:
+        return first is second
+    return first.is_same(second)

@@ -8,19 +8,18 @@ from pydantic import BaseModel, NonNegativeInt, PositiveInt, ValidationError, mo
 from safetensors import SafetensorError, safe_open
 
 from kvell.cache.cache import Cache
+from kvell.cache.origin import Fingerprinted
 from kvell.errors import CacheError
 from kvell.files import write_safetensors
 
 FORMAT: Literal["kvell cache 1"] = "kvell cache 1"
 
 
-class CacheMaker(Protocol):
+class CacheMaker(Fingerprinted, Protocol):
     """What a saved cache needs of its model."""
 
     @property
     def dtype(self) -> torch.dtype: ...
-
-    def fingerprint(self) -> str: ...
 
     def make_cache(self, batch_size: int, max_rewind: int, max_length: int | None) -> Cache: ...
 
@@ -48,10 +47,11 @@ class Header(BaseModel, extra="forbid"):
 
 def save(cache: Cache, path: Path) -> None:
     cache.check_whole()
-    if cache.fingerprint is None:
+    fingerprint = cache.fingerprint
+    if fingerprint is None:
         raise CacheError("only a cache made by model.make_cache can be saved: this one knows no model")
     header = Header(
-        model=cache.fingerprint,
+        model=fingerprint,
         dtype=str(cache.dtype),
         max_rewind=cache.max_rewind,
         max_length=cache.max_length,
