@@ -33,6 +33,7 @@ def answering(answer: str = ANSWER, **config: Any) -> MockModel:
 @pytest.fixture
 def directory(tmp_path: Path) -> Path:
     """A model's directory. Its weights are never read: `install` gives the model."""
+    (tmp_path / "model.safetensors").touch()
     TOKENIZER._backend.save(str(tmp_path / "tokenizer.json"))
     return tmp_path
 
@@ -280,6 +281,66 @@ def test_a_prompt_that_is_not_utf8_says_which_byte(
 
 def test_a_model_that_is_not_there_is_named(capsys: pytest.CaptureFixture[str]) -> None:
     assert refused(["no/such/model", "--prompt", "a"], capsys).startswith("no/such/model is neither")
+
+
+def test_a_path_that_is_not_there_is_said_in_one_short_line(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    import huggingface_hub
+    from huggingface_hub import errors
+
+    class Unknown(errors.RepositoryNotFoundError):
+        def __init__(self) -> None:
+            Exception.__init__(self, "404 Client Error.\nRepository Not Found for url")
+
+    answers = {
+        errors.LocalEntryNotFoundError("x" * 999): "could not be asked for a repository of that name",
+        errors.OfflineModeIsEnabled("offline"): "could not be asked for a repository of that name",
+        Unknown(): "has no repository of that name",
+    }
+    for error, answer in answers.items():
+
+        def ask(*_: Any, error: Exception = error, **__: Any) -> None:
+            raise error
+
+        monkeypatch.setattr(huggingface_hub, "snapshot_download", ask)
+        line = refused(["models/gema", "--prompt", "a"], capsys)
+        assert line == f"there is no folder models/gema, and the Hugging Face hub {answer}"
+
+
+@pytest.mark.parametrize("command", [["generate", "--prompt", "a"], ["bench"]], ids=["generate", "bench"])
+def test_what_holds_no_weights_is_said_before_anything_of_a_tokenizer(
+    command: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "r.yaml").write_text("hidden_size: 8")
+    for folder in ("empty", "configured", "stopped"):
+        (tmp_path / folder).mkdir()
+    for file in ("configured/config.json", "stopped/training.json"):
+        (tmp_path / file).write_text("{}")
+    said = {
+        "r.yaml": "is a file, without weights: give the folder of a model, which `kvell train` makes of a config",
+        "empty": "holds no model: there is no config.json in it",
+        "configured": "holds no weights, neither model.safetensors nor model.safetensors.index.json",
+        "stopped": "holds a training run that has no model yet: the same `kvell train` command goes on with it, "
+        "and its end leaves the model there",
+    }
+    for place, message in said.items():
+        assert main([command[0], str(tmp_path / place), *command[1:]]) == 1
+        assert capsys.readouterr().err == f"error: {tmp_path / place} {message}\n"
+
+
+def test_a_torch_without_cuda_is_named(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    import torch
+
+    monkeypatch.setattr(torch.accelerator, "current_accelerator", lambda check_available=False: None)
+    monkeypatch.setattr(torch.backends.cuda, "is_built", lambda: False)
+    line = refused(["--prompt", "a", "--device", "cuda"], capsys)
+    why = f"this build of torch, {torch.__version__}, has no CUDA"
+    assert line == f"device cuda is not to be had here ({why}): use one of cpu"
+    monkeypatch.setattr(torch.backends.cuda, "is_built", lambda: True)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    line = refused(["--prompt", "a", "--device", "cuda:1"], capsys)
+    assert line == "device cuda:1 is not to be had here (torch finds no CUDA device): use one of cpu"
 
 
 def test_an_error_of_several_lines_becomes_one(

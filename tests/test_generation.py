@@ -188,6 +188,7 @@ WRONG_CALLS: dict[str, tuple[Any, dict[str, Any], str]] = {
     "id beyond the vocabulary": ([3, 50], {}, "token id 50 is outside the vocabulary of 50"),
     "negative id": ([3, -1], {}, "token id -1 is outside the vocabulary of 50"),
     "id beyond 64 bits": ([2**70], {}, "the prompt is not a sequence of token ids"),
+    "text": ("Once", {}, r"the prompt is text, and generate takes token ids: tokenizer.encode\(text\) makes them"),
     "batch": (torch.tensor([PROMPT]), {}, r"of shape \(1, 5\), not one row"),
     "floats": (torch.tensor([1.0]), {}, r"the prompt is torch.float32"),
     "max_new_tokens": (PROMPT, {"max_new_tokens": 0}, "max_new_tokens must be at least 1, not 0"),

@@ -52,6 +52,8 @@ def test_a_run_goes_on_with_no_other_texts_than_it_began_with(
 ) -> None:
     config = small(texts, tmp_path / "run", **files_of(own), evaluation={})
     assert loop.train(config, on_step=signal_at(1, signal.SIGTERM)).reason == "stopped"
+    with pytest.raises(kvell.CheckpointError, match="a training run that has no model yet: the same `kvell train`"):
+        kvell.from_pretrained(tmp_path / "run")
     before = {file.name: file.read_bytes() for file in own.iterdir()}
     change(own)
     with pytest.raises(kvell.InputError, match=rf"a run on other texts: {said}; bring them back, .* --fresh"):

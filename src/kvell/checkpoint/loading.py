@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from kvell.checkpoint.quantised import FLOATS, QuantisedFiles
-from kvell.checkpoint.reading import TensorFiles, read_no_further
+from kvell.checkpoint.reading import INDEX, SINGLE, TensorFiles, read_no_further
 from kvell.config import ModelConfig
 from kvell.errors import CheckpointError, InputError, naming, warn
 from kvell.families import FAMILIES, GENERATION, GenerationDefaults, Placement, Placements, locate, read_config
@@ -21,6 +21,7 @@ from kvell.model import Decoder
 TABLE = "per_layer_inputs.table.weight"
 EMBEDDING, HEAD = "embedding.weight", "head.weight"
 HUB_FILES = ["*.json", "*.safetensors", "tokenizer*"]
+RUN = "training.json"  # what `kvell train` writes at once, where the model only comes at the end
 
 
 def from_pretrained(
@@ -43,9 +44,7 @@ def from_pretrained(
     """
     device = available_device(device)
     dtype = known_dtype(dtype)
-    folder = locate(path, HUB_FILES)
-    if not folder.is_dir():
-        raise CheckpointError(f"{path} is not a directory with a model's config.json and weights")
+    folder = model_folder(path)
     config = read_config(folder)
     # A family's model that no longer fits the family is stored in Kvell's own form.
     own_form = read_json(folder / "config.json").get("model_type") == "kvell"
@@ -74,6 +73,26 @@ def from_pretrained(
     return model.eval()
 
 
+def model_folder(path: str | Path) -> Path:
+    """The folder, local or brought from the hub, with a model's config.json and weights. CheckpointError, with what
+    to do, for one that has none."""
+    folder = locate(path, HUB_FILES)
+    if not folder.is_dir():
+        raise CheckpointError(
+            f"{path} is a file, without weights: give the folder of a model, which `kvell train` makes of a config"
+        )
+    if any((folder / name).is_file() for name in (SINGLE, INDEX)):
+        return folder
+    if (folder / RUN).is_file():
+        raise CheckpointError(
+            f"{folder} holds a training run that has no model yet: the same `kvell train` command goes on with it, "
+            "and its end leaves the model there"
+        )
+    if not (folder / "config.json").is_file():
+        raise CheckpointError(f"{folder} holds no model: there is no config.json in it")
+    raise CheckpointError(f"{folder} holds no weights, neither {SINGLE} nor {INDEX}")
+
+
 def known_dtype(dtype: torch.dtype | str | None) -> torch.dtype | None:
     """The dtype, by itself or by name; None for the stored one. InputError for one that no model computes in."""
     known = {str(one).removeprefix("torch."): one for one in FLOATS}
@@ -91,8 +110,15 @@ def available_device(device: torch.device | str) -> torch.device:
     if (accelerator := torch.accelerator.current_accelerator(check_available=True)) is not None:
         known += [accelerator.type, *(f"{accelerator.type}:{i}" for i in range(torch.accelerator.device_count()))]
     if str(device) not in known:
-        raise InputError(f"device {device} is not to be had here: use one of {', '.join(known)}")
+        why = _why_no_cuda() if str(device).startswith("cuda") else ""
+        raise InputError(f"device {device} is not to be had here{why}: use one of {', '.join(known)}")
     return torch.device(device)
+
+
+def _why_no_cuda() -> str:
+    if not torch.backends.cuda.is_built():
+        return f" (this build of torch, {torch.__version__}, has no CUDA)"
+    return "" if torch.cuda.is_available() else " (torch finds no CUDA device)"
 
 
 def build_empty(config: ModelConfig, dtype: torch.dtype) -> Decoder:

@@ -58,9 +58,8 @@ def bench(
     """Measure a model's prefill and decoding on this machine, its cache and its memory. The prompts are random."""
     import kvell
     from kvell.bundled import bundled_model_path
-    from kvell.checkpoint.loading import HUB_FILES, available_device, known_dtype
+    from kvell.checkpoint.loading import available_device, known_dtype, model_folder
     from kvell.decoding import check_device
-    from kvell.families import locate
 
     contexts = sorted({parse_context(text) for text in context} if context else CONTEXTS)
     for name, number in (("new-tokens", new_tokens), ("repeats", repeats)):
@@ -69,7 +68,7 @@ def bench(
     set_threads(threads)
     if compiled:
         check_device(torch_device)
-    directory = locate(model or bundled_model_path(), HUB_FILES)
+    directory = model_folder(model or bundled_model_path())
     start = perf_counter()
     decoder = kvell.from_pretrained(directory, dtype=torch_dtype, device=torch_device)
     report: dict[str, Any] = {

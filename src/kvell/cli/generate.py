@@ -94,9 +94,8 @@ def generate(
 
     import kvell
     from kvell.bundled import bundled_model_path
-    from kvell.checkpoint.loading import HUB_FILES, available_device, known_dtype
+    from kvell.checkpoint.loading import available_device, known_dtype, model_folder
     from kvell.decoding import check_device
-    from kvell.families import locate
     from kvell.generation import SamplingSettings, SpeculationSettings, Tokenizer, accepted_length
     from kvell.generation import generate as continue_prompt
     from kvell.planning import full_attention_nbytes
@@ -114,7 +113,7 @@ def generate(
             raise InputError(
                 "--compile with --speculate mtp: a model that drafts decodes in steps that are not compiled"
             )
-    directory = locate(model or bundled_model_path(), HUB_FILES)
+    directory = model_folder(model or bundled_model_path())
     tokenizer = Tokenizer.from_pretrained(directory)
     prompt_ids = tokenizer.encode(text, parse_special_tokens=parse_special_tokens)
     sampling = SamplingSettings(**kvell.GenerationDefaults.from_pretrained(directory).sampling() | given)

@@ -72,19 +72,23 @@ def locate(path: str | Path, patterns: list[str]) -> Path:
         )
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import (
+        GatedRepoError,
         HfHubHTTPError,
         HFValidationError,
         LocalEntryNotFoundError,
         OfflineModeIsEnabled,
+        RepositoryNotFoundError,
     )
 
     try:
         return Path(snapshot_download(str(path), allow_patterns=patterns))
-    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OfflineModeIsEnabled, OSError) as error:
-        reason = " ".join(str(error).split())[:300]
-        raise CheckpointError(
-            f"{path} is no local directory, and the hub could not be asked for it: {reason}"
-        ) from None
+    except GatedRepoError:
+        answer = "the Hugging Face hub gives that repository only to those who asked and are logged in"
+    except (RepositoryNotFoundError, HFValidationError):
+        answer = "the Hugging Face hub has no repository of that name"
+    except (HfHubHTTPError, LocalEntryNotFoundError, OfflineModeIsEnabled, OSError):
+        answer = "the Hugging Face hub could not be asked for a repository of that name"
+    raise CheckpointError(f"there is no folder {path}, and {answer}")
 
 
 __all__ = [
