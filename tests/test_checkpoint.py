@@ -7,6 +7,7 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -440,13 +441,15 @@ class Killed(BaseException):
     """What no handler of the library sees, as if the process were gone."""
 
 
-@pytest.mark.parametrize("config_changes", [False, True])
+@pytest.mark.parametrize(
+    "config_changes", [{}, {"norm_eps": 0.125}, {"suppress_tokens": (3,)}], ids=["nothing", "config", "generation"]
+)
 @pytest.mark.parametrize("sizes", [(60000, 60000), (2**32, 60000), (60000, 2**32), (2**32, 2**32)])
 @pytest.mark.parametrize("failure", [OSError(28, "No space left on device"), Killed()])
 def test_a_save_that_fails_or_is_killed_at_any_rename_leaves_no_mixture(
     failure: BaseException,
     sizes: tuple[int, int],
-    config_changes: bool,
+    config_changes: dict[str, Any],
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
@@ -457,8 +460,7 @@ def test_a_save_that_fails_or_is_killed_at_any_rename_leaves_no_mixture(
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.add_(1)
-    if config_changes:
-        model.config = model.config.model_copy(update={"norm_eps": 0.125})
+    model.config = model.config.model_copy(update=config_changes)
     new = dict(model.named_tensors())
     replace = os.replace
     for failing in range(100):

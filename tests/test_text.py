@@ -1,7 +1,9 @@
 """Text to tokens and back, whole and while it arrives."""
 
 import json
+import pickle
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -227,6 +229,14 @@ def test_text_that_spells_a_special_token_is_text(
         parsed = tokenizer.encode("s<eos>s", parse_special_tokens=True)
         assert parsed == [*tokenizer.encode("s"), 1, *tokenizer.encode("s")]
         assert not {0, 1} & set(tokenizer.encode(text)), "what one call asks for is not the next one's"
+
+
+def test_threads_that_parse_and_threads_that_do_not_stay_apart() -> None:
+    tokenizer = pickle.loads(pickle.dumps(BYTE_LEVEL))
+    text, wanted = "s<eos>s", {parse: BYTE_LEVEL.encode("s<eos>s", parse_special_tokens=parse) for parse in (0, 1)}
+    with ThreadPoolExecutor(4) as threads:
+        made = list(threads.map(lambda turn: tokenizer.encode(text, parse_special_tokens=turn % 2), range(2000)))
+    assert made == [wanted[turn % 2] for turn in range(2000)]
 
 
 def test_the_models_own_first_token_does_not_rest_on_parsing(tmp_path: Path) -> None:

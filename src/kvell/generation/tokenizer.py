@@ -11,6 +11,8 @@ from tokenizers import decoders
 from kvell.errors import CheckpointError, InputError
 from kvell.generation.tokenizer_files import SETTINGS, named_token, read_backend, read_settings
 
+PARSING = threading.Lock()  # whether special tokens are parsed is a state of the library's tokenizer
+
 
 class Tokenizer:
     """A tokenizer.json, and whether its model expects a first token that the file itself does not add.
@@ -27,7 +29,6 @@ class Tokenizer:
         added = backend.get_added_tokens_decoder()
         self._special_tokens = {token.content: index for index, token in added.items() if token.special}
         self._special_ids = frozenset(self._special_tokens.values())
-        self._lock = threading.Lock()  # whether special tokens are parsed is a state of the backend
 
     @classmethod
     def from_pretrained(cls, directory: str | Path) -> "Tokenizer":
@@ -43,7 +44,7 @@ class Tokenizer:
         Unicode.
         """
         try:
-            with self._lock:
+            with PARSING:
                 self._backend.encode_special_tokens = not parse_special_tokens
                 ids: list[int] = self._backend.encode(text, add_special_tokens=add_special_tokens).ids
         except TypeError as error:
