@@ -11,7 +11,7 @@ from tokenizers import processors
 
 from kvell.config import ModelConfig
 from kvell.errors import ConfigError
-from kvell.files import read_json
+from kvell.generation.tokenizer_files import named_token, read_settings
 
 BOS, EOS = "<|bos|>", "<|eos|>"
 
@@ -37,8 +37,7 @@ class Ends:
         Kvell's own names. Where tokenizer_config.json says `add_bos_token: false` nothing begins a document that the
         tokenizer does not begin itself. ConfigError for an id that the model does not have.
         """
-        file = folder / "tokenizer_config.json"
-        named = read_json(file) if file.is_file() else {}
+        named = read_settings(folder)
         for field, given in (("bos_token_id", [model.bos_token_id]), ("eos_token_ids", model.eos_token_ids)):
             for index in given:
                 if index is not None and index >= model.vocab_size:
@@ -79,8 +78,7 @@ def _special(tokenizer: tokenizers.Tokenizer, index: int) -> dict[str, Any]:
 
 def _named(tokenizer: tokenizers.Tokenizer, config: Mapping[str, Any], field: str, name: str) -> int | None:
     """The id of the token that a tokenizer_config.json names, else of the one with Kvell's name for it."""
-    token = config.get(field)
-    content = token.get("content") if isinstance(token, dict) else token
-    if isinstance(content, str) and (index := tokenizer.token_to_id(content)) is not None:
+    content = named_token(config, field)
+    if content is not None and (index := tokenizer.token_to_id(content)) is not None:
         return index
     return tokenizer.token_to_id(name)

@@ -13,7 +13,6 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.nn import functional as F
 
-from kvell.cache import Cache
 from kvell.model import Decoder
 from kvell.training.batches import Encode, drawn
 from kvell.training.settings import Evaluation
@@ -29,8 +28,7 @@ CHUNK = 1024
 def nats_of(model: Decoder, ids: Sequence[int] | NDArray[np.int32]) -> Tensor:
     """What every token but the first costs, given all before it: len(ids) - 1 numbers, on the CPU."""
     tokens = torch.as_tensor(ids, dtype=torch.long, device=model.device)
-    # Not the model's own make_cache, whose fingerprint would need weights that may lie in shards.
-    cache = Cache(model.config.streams(), 1, dtype=model.dtype, device=model.device)
+    cache = model.make_cache()
     chunks = []
     for inputs, targets in zip(tokens[:-1].split(CHUNK), tokens[1:].split(CHUNK), strict=True):
         logits = model(inputs[None], cache=cache)[0].float()

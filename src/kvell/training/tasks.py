@@ -21,7 +21,6 @@ from jaxtyping import Int
 from pydantic import Field, NonNegativeInt, PositiveInt, model_validator
 from torch import Tensor
 
-from kvell.cache import Cache
 from kvell.errors import ConfigError, InputError
 from kvell.layers.part import Part
 from kvell.model import Decoder
@@ -353,8 +352,7 @@ def right_answers(model: Decoder, example: Example) -> list[bool]:
     """
     tokens = torch.tensor([example.tokens], device=model.device)
     first, last = example.scored[0], example.scored[-1]
-    # Not the model's own make_cache, whose fingerprint would need weights that may lie in shards.
-    cache = Cache(model.config.streams(), 1, max_length=last, dtype=model.dtype, device=model.device)
+    cache = model.make_cache(max_length=last)
     chosen = model(tokens[:, :first], cache, last_only=True)[0].argmax(-1)
     if last > first:
         chosen = torch.cat([chosen, model(tokens[:, first:last], cache)[0].argmax(-1)])
