@@ -12,6 +12,7 @@ from oracle import DEEPSEEK_V4, GEMMA4, LAGUNA, ZAYA
 import kvell
 from kvell import Decoder, InputError, ModelConfig
 from kvell.families import parse_config
+from kvell.model import MAX_STEP
 from kvell.planning import batch_that_fits, context_that_fits
 from kvell.planning.engine import Engine, engine_nbytes
 from kvell.planning.formats import BFLOAT16
@@ -48,6 +49,22 @@ def test_the_largest_batch_fits_when_it_is_allocated_and_one_more_does_not() -> 
     batch = batch_that_fits(config, 48 * MIB, 1000, "float32")
     assert batch > 1
     assert held_by(config, 1000, batch) <= 48 * MIB < held_by(config, 1000, batch + 1)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_batch_works_in_the_memory_of_one_sequence_once_that_fills_a_step(family: str) -> None:
+    """Attention sees one sequence's rows at a time, and a step of a prefill has so many tokens at most."""
+    config = parse_config(FAMILIES[family])
+    assert kvell.plan(config, MAX_STEP, 64).working_bytes == kvell.plan(config, MAX_STEP).working_bytes
+    assert kvell.plan(config, 8, 64).working_bytes > kvell.plan(config, 8).working_bytes
+
+
+def test_a_batch_shares_weights_and_working_set_and_each_sequence_has_its_cache() -> None:
+    one = kvell.plan("deepseek-v4-flash", 131_072, dtype="released")
+    memory = 320 * 10**9
+    shared = one.resident_weight_bytes + one.working_bytes
+    config = known_config("deepseek-v4-flash")
+    assert batch_that_fits(config, memory, 131_072, "released") == (memory - shared) // one.reserved_bytes
 
 
 def test_a_memory_too_small_for_the_weights_says_by_how_much() -> None:

@@ -103,37 +103,37 @@ MEASURE = """
 import ctypes, json, sys, torch, kvell
 from kvell.families import parse_config
 torch.set_num_threads(1)
-released, length = json.loads(sys.argv[1]), int(sys.argv[2])
+released, length, batch_size = json.loads(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3])
 
 def resident(what):
     with open("/proc/self/status") as status:
         return next(int(line.split()[1]) * 1024 for line in status if line.startswith(what))
 
-def prefill(config, length):
+def prefill(config, length, batch_size):
     model = kvell.Decoder(config).eval()
     with torch.no_grad():
-        tokens = torch.randint(0, config.vocab_size, (1, length))
-        model(tokens, cache=model.make_cache(max_length=length), last_only=True)
+        tokens = torch.randint(0, config.vocab_size, (batch_size, length))
+        model(tokens, cache=model.make_cache(batch_size, max_length=length), last_only=True)
 
 tiny = {"vocab_size": 64, "hidden_size": 64}
 if "vocab_size_per_layer_input" in released:
     tiny["vocab_size_per_layer_input"] = 64
-prefill(parse_config(released | tiny), 300)
+prefill(parse_config(released | tiny), 300, 1)
 ctypes.CDLL(None).malloc_trim(0)  # what the tiny model left free would be counted as there and used again
 base = resident("VmRSS")
 with open("/proc/self/clear_refs", "w") as file:
     file.write("5")
 config = parse_config(released)
-prefill(config, length)
-print(resident("VmHWM") - base, kvell.plan(config, length, dtype="float32").peak_bytes)
+prefill(config, length, batch_size)
+print(resident("VmHWM") - base, kvell.plan(config, length, batch_size, "float32").peak_bytes)
 """
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
-@pytest.mark.parametrize("length", [4096, 16384])
+@pytest.mark.parametrize(("length", "batch_size"), [(4096, 1), (16384, 1), (2048, 32)])
 @pytest.mark.parametrize("family", SMALL)
-def test_a_prefill_needs_what_was_planned(family: str, length: int) -> None:
-    arguments = [sys.executable, "-c", MEASURE, json.dumps(SMALL[family]), str(length)]
+def test_a_prefill_needs_what_was_planned(family: str, length: int, batch_size: int) -> None:
+    arguments = [sys.executable, "-c", MEASURE, json.dumps(SMALL[family]), str(length), str(batch_size)]
     done = subprocess.run(arguments, capture_output=True, text=True, check=True)
     measured, planned = (int(number) for number in done.stdout.split())
     assert planned == pytest.approx(measured, rel=0.15)

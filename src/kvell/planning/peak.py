@@ -1,8 +1,11 @@
 """The working set of a prefill: what a step needs beside weights and cache.
 
-A prompt goes through in steps of MAX_STEP tokens, so most of it stops growing there. It is an estimate for Kvell's
-own kernels on a CPU, stated from what the parts say of their costs, and calibrated by measuring: the residual in a
-few copies, what goes into and out of the matrices of the widest block, and what attention makes of the rows seen.
+Prompts go through in steps of MAX_STEP tokens, so most of it stops growing there. It is an estimate for Kvell's own
+kernels on a CPU, stated from what the parts say of their costs, and calibrated by measuring: the residual in a few
+copies, what goes into and out of the matrices of the widest block, and what attention makes of the rows seen.
+
+Two lengths are in it. The tokens of a step are those of the whole batch. The rows that a query sees are its own
+sequence's alone, and attention takes one sequence after another: they do not grow with the batch.
 """
 
 from kvell.config import ModelConfig
@@ -19,33 +22,34 @@ QUERY_BLOCK = 256
 FREED_NBYTES = 24 * 2**20
 
 
-def working_nbytes(config: ModelConfig, form: StorageFormat, tokens: int) -> int:
-    """Bytes that a prefill of `tokens` tokens needs at once, beside weights and cache."""
-    step = min(tokens, MAX_STEP)
+def working_nbytes(config: ModelConfig, form: StorageFormat, context: int, batch_size: int = 1) -> int:
+    """Bytes that a prefill of `batch_size` prompts of `context` tokens needs at once, beside weights, cache and
+    logits."""
+    step = min(context * batch_size, MAX_STEP)
     streams = getattr(config.connection, "streams", 1)
     per_token = RESIDUAL_COPIES * streams * config.hidden_size
     if config.per_layer_embedding is not None:
         per_token += config.num_layers * config.per_layer_embedding.width
     last = last_writer(config)
-    widest = max(_block_numbers(block, tokens, step, last) for block in blocks(config) if block.place != "draft")
+    widest = max(_block_numbers(block, context, step, last) for block in blocks(config) if block.place != "draft")
     return (step * per_token + widest) * form.dtype.itemsize + FREED_NBYTES
 
 
-def _block_numbers(block: Block, tokens: int, step: int, last: int) -> int:
-    """Numbers that a block makes in a step that ends at `tokens` tokens. What the last writer makes no rows of, and
+def _block_numbers(block: Block, context: int, step: int, last: int) -> int:
+    """Numbers that a block makes in a step of `step` tokens that ends at `context` tokens of a sequence. What the last writer makes no rows of, and
     all behind it, is about one token and not worth counting."""
     weights = [one for one in block.cost.weights if block.layer < last or (block.layer == last and one.every_token)]
     works = [one for one in block.cost.works if one.reads and block.layer < last]
-    return step * _passed(weights) + max((_seen_numbers(one, tokens, step) for one in works), default=0)
+    return step * _passed(weights) + max((_seen_numbers(one, context, step) for one in works), default=0)
 
 
-def _seen_numbers(work: Work, tokens: int, step: int) -> int:
+def _seen_numbers(work: Work, context: int, step: int) -> int:
     """What attention makes of the rows seen. Where every row of the past is, it is read as it stands, and only the
     step's own rows are repeated for their group, beside two outputs. Of a window's rows, or of entries, each as many
     numbers as a query multiplies with, and a mask."""
     if work.stride == 1 and work.most is None:
         return 2 * step * work.per_row
-    rows = min(work.rows(tokens) + QUERY_BLOCK // work.stride, tokens // work.stride)
+    rows = min(work.rows(context) + QUERY_BLOCK // work.stride, context // work.stride)
     return rows * (work.per_row + QUERY_BLOCK)
 
 

@@ -193,7 +193,7 @@ def plan(
         prefill_flops_all_logits=prefill_flops(config, context, last_only=False).total,
         equivalent_fp8_flops_per_token=decoding.equivalent_fp8,
         read_bytes=read,
-        working_bytes=working_nbytes(config, form, context * batch_size),
+        working_bytes=working_nbytes(config, form, context, batch_size),
         device=device,
         seconds_to_first_token=batch_size * seconds(prefill, whole / batch_size, device, form),
         seconds_per_token=batch_size * seconds(decoding, read / batch_size, device, form),
@@ -245,7 +245,7 @@ def _peak_of(
 
     def peak(context: int, batch_size: int) -> int:
         reserved = batch_size * reserved_nbytes(specs, context, max_rewind, form.row_dtype)
-        return resident + reserved + working_nbytes(config, form, context * batch_size)
+        return resident + reserved + working_nbytes(config, form, context, batch_size)
 
     return peak
 
