@@ -10,7 +10,9 @@ from pathlib import Path
 import pytest
 
 import kvell
+from kvell import InputError, ModelConfig
 from kvell.cli import main, sizes
+from kvell.plan_changes import CHANGES
 
 FOUR = ("gemma-4-e4b", "laguna-xs.2", "zaya1-8b", "deepseek-v4-flash")
 
@@ -23,7 +25,7 @@ def run(capsys: pytest.CaptureFixture[str], *arguments: str) -> tuple[int, str, 
 
 def test_one_model_on_one_screen(capsys: pytest.CaptureFixture[str]) -> None:
     """Gemma 4 E2B at 131,072 tokens: see test_published_numbers.py."""
-    code, out, err = run(capsys, "gemma-4-e2b", "--context", "128K")
+    code, out, err = run(capsys, "gemma-4-e2b", "--context", "128K", "--device", "desktop-ddr5")
     assert (code, err) == (0, "")
     rows = {line.strip().split("  ")[0]: line.split() for line in out.splitlines()}
     assert rows["per-layer table"][2:] == ["2,348,810,240", "4.698", "GB", "mapped"]
@@ -113,12 +115,14 @@ def test_plots_are_written(what: str, suffix: str, tmp_path: Path, capsys: pytes
     assert start == (b"\x89PNG\r" if suffix == ".png" else b"<?xml")
 
 
-def test_without_matplotlib_a_plot_is_refused_and_says_how_to_get_it(
+def test_without_matplotlib_the_plot_alone_is_refused_and_says_how_to_get_it(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
-    code, _, err = run(capsys, "gemma-4-e2b", "--context", "4K..8K", "--plot", str(tmp_path / "plot.png"))
+    code, out, err = run(capsys, "gemma-4-e2b", "--context", "4K..8K", "--plot", str(tmp_path / "plot.png"))
     assert (code, err) == (1, "error: plots need matplotlib: pip install kvell[plot]\n")
+    _, alone, _ = run(capsys, "gemma-4-e2b", "--context", "4K..8K")
+    assert out == alone
 
 
 @pytest.mark.parametrize(
@@ -138,7 +142,11 @@ def test_without_matplotlib_a_plot_is_refused_and_says_how_to_get_it(
             ("gemma-4-e2b", "--memory", "24 potatoes"),
             "memory '24 potatoes' is no size: write 24GiB, 24GB or a number",
         ),
-        (("gemma-4-e2b", "--memory", "1GB"), "the weights take 4,559,518,278 bytes, 3,559,518,278 more than the"),
+        (("gemma-4-e2b", "--memory", "24"), "memory 24 would be 24 bytes: write 24GB or 24GiB"),
+        (
+            ("gemma-4-e2b", "--memory", "1GB", "--device", "desktop-ddr5"),
+            "the weights take 4,559,518,278 bytes, 3,559,518,278 more than the",
+        ),
         (("deepseek-v4-pro", "--context", "4K", "--method", "article"), "method article: its formula has no figure"),
         (("nowhere",), "nowhere is neither a directory nor a file nor a built-in config"),
     ],
@@ -181,10 +189,89 @@ def test_tokens_are_counted_in_powers_of_two(text: str, count: int) -> None:
 
 
 @pytest.mark.parametrize(
-    ("text", "count"), [("24GiB", 24 << 30), ("24GB", 24 * 10**9), ("1000", 1000), ("0.5MiB", 1 << 19)]
+    ("text", "count"),
+    [
+        ("24GiB", 24 << 30),
+        ("24GB", 24 * 10**9),
+        ("24G", 24 * 10**9),
+        ("24g", 24 * 10**9),
+        ("1.5 T", 15 * 10**11),
+        ("25769803776", 24 << 30),
+        ("1048576", 1 << 20),
+        ("0.5MiB", 1 << 19),
+        ("1000 B", 1000),
+    ],
 )
 def test_memory_is_counted_as_written(text: str, count: int) -> None:
     assert sizes.memory(text) == count
+
+
+@pytest.mark.parametrize("text", ["24", "1048575", "8.5"])
+def test_a_memory_of_a_few_bytes_means_another_unit(text: str) -> None:
+    with pytest.raises(InputError, match=f"write {text}GB or {text}GiB"):
+        sizes.memory(text)
+
+
+def test_models_of_which_the_same_is_to_be_said_share_a_warning_after_the_tables() -> None:
+    """Three of the four have 131,072 or 262,144 positions; all is written to one place, in the order of writing."""
+    arguments = [sys.executable, "-m", "kvell", "plan", *FOUR, "--context", "256K..512K", "--compare"]
+    done = subprocess.run(arguments, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, check=True)
+    lines = done.stdout.splitlines()
+    warned = [line for line in lines if line.startswith("warning: ")]
+    assert lines[-len(warned) :] == warned
+    positions = {name: ModelConfig.from_pretrained(name).max_positions for name in FOUR}
+    short = {count: [name for name in FOUR if positions[name] == count] for count in sorted(set(positions.values()))}
+    assert sorted(warned) == sorted(
+        f"warning: {', '.join(names)}: 524288 tokens, and the model has {count} positions: it extrapolates"
+        for count, names in short.items()
+        if count < 524_288
+    )
+    assert len(warned) < sum(count < 524_288 for count in positions.values())
+
+
+def test_a_memory_for_more_than_the_positions_says_what_batch_of_them_it_holds(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    path = str(Path(__file__).parent.parent / "examples" / "models" / "gqa.yaml")
+    positions = ModelConfig.from_pretrained(path).max_positions
+    code, out, err = run(capsys, path, "--memory", "24G", "--json")
+    planned = json.loads(out)
+    shared = planned["resident_weight_bytes"] + planned["working_bytes"]
+    batch = (24 * 10**9 - shared) // planned["reserved_bytes"]
+    assert (code, planned["context"]) == (0, positions)
+    assert err == f"{path}: 24G hold all {positions:,} positions, and at that length a batch of {batch:,}\n"
+
+
+def test_an_accelerator_holds_the_per_layer_table_as_loading_there_does(capsys: pytest.CaptureFixture[str]) -> None:
+    """Gemma 4 E4B at 131,072 tokens in 24 GB: the table takes 262,144 x 42 x 256 numbers of two bytes."""
+    table = 262_144 * 42 * 256 * 2
+    on = {}
+    for device in ("rtx-4090", "xeon-8480+"):
+        arguments = ("gemma-4-e4b", "--context", "128K", "--memory", "24GB", "--device", device, "--json")
+        on[device] = json.loads(run(capsys, *arguments)[1])
+    card, processor = on["rtx-4090"], on["xeon-8480+"]
+    assert card["resident_weight_bytes"] - processor["resident_weight_bytes"] == table
+    each = card["reserved_bytes"] // card["batch_size"]
+    shared = card["resident_weight_bytes"] + card["working_bytes"]
+    assert card["batch_size"] == (24 * 10**9 - shared) // each
+    assert processor["batch_size"] == (24 * 10**9 - shared + table) // each > card["batch_size"]
+
+
+def test_help_explains_every_change(capsys: pytest.CaptureFixture[str]) -> None:
+    _, out, _ = run(capsys, "--help")
+    said = {
+        line.split()[0]: " ".join(line.split()[1:])
+        for line in out.split("counts the model changed:")[1].split("\n")
+        if line.strip()
+    }
+    assert said == {name: change.words for name, change in CHANGES.items()} | {"all": "each of these in turn"}
+    _, out, _ = run(capsys, "gemma-4-e2b", "--context", "4K", "--what-if", "all")
+    counted = [
+        line.split()[0]
+        for line in out.split("what if, one sequence")[1].split("what saves")[0].splitlines()[1:]
+        if line
+    ]
+    assert counted == list(CHANGES)
 
 
 def test_a_range_doubles_up_to_its_end() -> None:

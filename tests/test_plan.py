@@ -38,10 +38,19 @@ def held_by(config: ModelConfig, context: int, batch_size: int) -> int:
 def test_the_longest_context_fits_when_it_is_allocated_and_one_block_more_does_not(
     family: str, batch_size: int
 ) -> None:
-    config = parse_config(FAMILIES[family])
+    config = parse_config(FAMILIES[family]).model_copy(update={"max_positions": 1 << 30})
     memory = 48 * MIB
     context = context_that_fits(config, memory, batch_size, "float32")
     assert held_by(config, context, batch_size) <= memory < held_by(config, context + 64, batch_size)
+
+
+@pytest.mark.parametrize("positions", [1, 63, 1000])
+def test_the_longest_context_ends_at_the_models_positions(positions: int) -> None:
+    config = parse_config(LAGUNA).model_copy(update={"max_positions": positions})
+    assert context_that_fits(config, 48 * MIB, 1, "float32") == positions
+    weights = sum(tensor.nbytes for _, tensor in Decoder(config).named_tensors())
+    with pytest.raises(InputError, match=f"a context of {min(positions, 64)} tokens does not fit"):
+        context_that_fits(config, weights + 9, 1, "float32")
 
 
 def test_the_largest_batch_fits_when_it_is_allocated_and_one_more_does_not() -> None:
@@ -78,13 +87,24 @@ def test_a_memory_too_small_for_the_weights_says_by_how_much() -> None:
         batch_that_fits(config, weights + 9, 64, "float32")
 
 
-@pytest.mark.parametrize(("mapped", "resident"), [(None, 4.560), (True, 4.560), (False, 9.257)])
-def test_a_large_per_layer_table_stays_on_disk(mapped: bool | None, resident: float) -> None:
+@pytest.mark.parametrize(
+    ("device", "mapped", "resident"),
+    [
+        ("desktop-ddr5", None, 4.560),
+        ("h100", None, 9.257),
+        ("h100", True, 4.560),
+        ("desktop-ddr5", False, 9.257),
+        (Device("a phone", 10**9, 1e9, 1e12, type="mps"), None, 9.257),
+    ],
+)
+def test_a_large_per_layer_table_stays_on_disk_on_a_cpu(
+    device: str | Device, mapped: bool | None, resident: float
+) -> None:
     """Gemma 4 E2B: 2,348,810,240 of 4,628,569,344 numbers are the table's."""
-    plan = kvell.plan("gemma-4-e2b", 64, map_per_layer_table=mapped)
+    plan = kvell.plan("gemma-4-e2b", 64, device=device, map_per_layer_table=mapped)
     table = next(part for part in plan.weights if part.part == "per-layer table")
     assert (plan.parameters, table.numbers) == (4_628_569_344, 2_348_810_240)
-    assert table.mapped is (mapped is not False)
+    assert table.mapped is (resident < 9)
     assert round(plan.resident_weight_bytes / 1e9, 3) == resident
 
 

@@ -15,7 +15,7 @@ from kvell.errors import CheckpointError, InputError, naming, warn
 from kvell.families import FAMILIES, GENERATION, GenerationDefaults, Placement, Placements, locate, read_config
 from kvell.families.family import Family
 from kvell.files import read_json
-from kvell.layers.per_layer_embedding import MAPPED_SHARE, MappedTable
+from kvell.layers.per_layer_embedding import MappedTable, stays_on_disk
 from kvell.model import Decoder
 
 TABLE = "per_layer_inputs.table.weight"
@@ -63,7 +63,7 @@ def from_pretrained(
         dtype = files.dtype(next(iter(sources[EMBEDDING])))
     model = build_empty(config.with_released_rounding() if released_rounding else config, dtype)
     if map_per_layer_table is None:
-        map_per_layer_table = device.type == "cpu" and _table_is_large(model)
+        map_per_layer_table = stays_on_disk(_table_numbers(model), model.num_parameters(), device.type)
     for parameter, placed in sources.items():
         mapped = parameter == TABLE and map_per_layer_table
         values = _assemble(files, model, parameter, placed, device, mapped)
@@ -269,6 +269,7 @@ def _set(model: Decoder, name: str, values: Tensor, mapped: bool) -> None:
         setattr(module, leaf, nn.Parameter(values, requires_grad=old.requires_grad))
 
 
-def _table_is_large(model: Decoder) -> bool:
+def _table_numbers(model: Decoder) -> int:
+    """How many numbers the table of per-layer embeddings has; 0 without one."""
     sizes: Iterator[tuple[str, int]] = ((name, tensor.numel()) for name, tensor in model.named_tensors())
-    return dict(sizes).get(TABLE, 0) > model.num_parameters() * MAPPED_SHARE
+    return dict(sizes).get(TABLE, 0)

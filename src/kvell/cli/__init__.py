@@ -16,14 +16,14 @@ from kvell.cli import console
 from kvell.cli.bench import bench
 from kvell.cli.generate import generate
 from kvell.cli.inspect import inspect
-from kvell.cli.plan import plan
+from kvell.cli.plan import EPILOG, plan
 from kvell.cli.train import train
 from kvell.errors import KvellError
 
 application = typer.Typer(add_completion=False, pretty_exceptions_enable=False, rich_markup_mode=None)
 application.command()(generate)
 application.command()(inspect)
-application.command()(plan)
+application.command(epilog=EPILOG)(plan)
 application.command()(train)
 application.command()(bench)
 

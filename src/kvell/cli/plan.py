@@ -1,4 +1,8 @@
-"""`kvell plan`: what a context costs, before anything is loaded."""
+"""`kvell plan`: what a context costs, before anything is loaded.
+
+What can be counted stands first, then what is to be said of it, then the plot: where that cannot be drawn, nothing
+else is lost.
+"""
 
 import csv
 import json
@@ -11,10 +15,12 @@ import typer
 
 from kvell.cli import console, plan_tables, sizes
 from kvell.errors import InputError, whole_number
+from kvell.plan_changes import CHANGES, EVERY_CHANGE
 
 if TYPE_CHECKING:
     from kvell.config import ModelConfig
     from kvell.planning import Plan
+    from kvell.planning.roofline import Device
 
 
 class PlotOf(StrEnum):
@@ -27,6 +33,15 @@ class Method(StrEnum):
     STREAMS = "streams"
     ARTICLE = "article"
 
+
+# Below the options, as it stands.
+EPILOG = "\b\n--what-if counts the model changed:\n" + "\n".join(
+    f"  {name:<15} {words}"
+    for name, words in [
+        *((name, change.words) for name, change in CHANGES.items()),
+        (EVERY_CHANGE, "each of these in turn"),
+    ]
+)
 
 COLUMNS = (
     "model",
@@ -55,31 +70,72 @@ def plan(
     models: Annotated[
         list[str],
         typer.Argument(
-            help="Directories, config.json or YAML files, built-in names, or references.", metavar="MODEL..."
+            help="Each a model's directory, its config.json, a YAML file, a built-in name such as gemma-4-e2b, or a "
+            "model to compare with: deepseek-v3.2, llama-3.1-8b, llama-2-7b.",
+            metavar="MODEL...",
         ),
     ],
-    context: Annotated[str | None, typer.Option(help="Tokens: 131072, 128K, or a range such as 4K..1M.")] = None,
-    batch: Annotated[int, typer.Option(help="Sequences of that context.")] = 1,
-    dtype: Annotated[str, typer.Option(help="bfloat16, float32, float16, fp8 or released.")] = "bfloat16",
-    max_rewind: Annotated[int, typer.Option(help="Newest tokens that can be taken back.")] = 0,
+    context: Annotated[
+        str | None,
+        typer.Option(
+            help="Tokens: 131072, 128K, or a range such as 4K..1M, each twice the one before. Without it all of a "
+            "model's positions."
+        ),
+    ] = None,
+    batch: Annotated[int, typer.Option(help="How many sequences of that context.")] = 1,
+    dtype: Annotated[
+        str,
+        typer.Option(
+            help="What weights and cache are stored in: bfloat16, float32, float16, fp8, or released: as in the "
+            "family's own files and inference code."
+        ),
+    ] = "bfloat16",
+    max_rewind: Annotated[int, typer.Option(help="How many of the newest tokens the cache can take back.")] = 0,
     memory: Annotated[
         str | None,
-        typer.Option(help="24GiB or 24GB: the longest context that fits; with --context the largest batch."),
+        typer.Option(
+            help="Find the longest context that fits into it, or with --context the largest batch: 24GB (24G is the "
+            "same), 24GiB, or a number of bytes."
+        ),
     ] = None,
-    compare: Annotated[bool, typer.Option("--compare", help="One table for all models.")] = False,
-    against: Annotated[str | None, typer.Option(help="A model to measure the first one by, in percent.")] = None,
+    compare: Annotated[
+        bool, typer.Option("--compare", help="One table for all models, also of one model at one context.")
+    ] = False,
+    against: Annotated[str | None, typer.Option(help="A model that the first one is shown in percent of.")] = None,
     what_if: Annotated[
         list[str] | None,
-        typer.Option(help="no-sharing, no-windows, no-compression, mha, gqa, all-full, plain, or all of them: all."),
+        typer.Option(help="Count the model changed as well: see below. May be repeated.", metavar="CHANGE"),
     ] = None,
-    method: Annotated[Method, typer.Option(help="article adds the article's simplified formula.")] = Method.STREAMS,
-    block_tokens: Annotated[int, typer.Option(help="An engine's paged blocks, in tokens.")] = 1,
-    window_rows: Annotated[str | None, typer.Option(help="An engine's rows per windowed layer, or full.")] = None,
-    tensor_parallel: Annotated[int, typer.Option(help="Devices that share the KV heads.")] = 1,
-    device: Annotated[str, typer.Option(help="The device whose bounds are shown.")] = "h100",
-    measure: Annotated[bool, typer.Option("--measure", help="Measure this machine instead.")] = False,
-    plot: Annotated[str | None, typer.Option(help="Draw to this file, .png or .svg.")] = None,
-    plot_of: Annotated[PlotOf, typer.Option(help="What to draw.")] = PlotOf.CACHE,
+    method: Annotated[
+        Method,
+        typer.Option(
+            help="article: also the simplified formula of an article on these models, which knows no windows."
+        ),
+    ] = Method.STREAMS,
+    block_tokens: Annotated[
+        int, typer.Option(help="Add what an engine reserves that keeps its cache in blocks of so many tokens.")
+    ] = 1,
+    window_rows: Annotated[
+        str | None, typer.Option(help="The same for an engine that gives windowed layers so many rows, or all: full.")
+    ] = None,
+    tensor_parallel: Annotated[int, typer.Option(help="The same where so many devices share the KV heads.")] = 1,
+    device: Annotated[
+        str,
+        typer.Option(
+            help="The device that the model runs on: it bounds the times, and a CPU leaves a large per-layer table "
+            "on disk. An unknown name lists the known ones."
+        ),
+    ] = "h100",
+    measure: Annotated[
+        bool, typer.Option("--measure", help="Measure this machine and take it as the device.")
+    ] = False,
+    plot: Annotated[str | None, typer.Option(help="Draw to this file, .png or .svg; needs kvell[plot].")] = None,
+    plot_of: Annotated[
+        PlotOf,
+        typer.Option(
+            help="Over a range of contexts the cache, or a decoded token's FLOPs; waterfall: what saves how much."
+        ),
+    ] = PlotOf.CACHE,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of tables.")] = False,
     as_csv: Annotated[bool, typer.Option("--csv", help="Print CSV instead of tables.")] = False,
 ) -> None:
@@ -92,20 +148,15 @@ def plan(
     engine = Engine(block_tokens, _window_rows(window_rows), tensor_parallel)
     configs = {name: known_config(name) for name in models}
     chosen = measured_device() if measure else known_device(device)
-    lengths, batch_size = _fitting(configs, context, batch, memory, dtype, max_rewind)
+    lengths, batch_size = _fitting(configs, context, batch, memory, dtype, max_rewind, chosen)
     plans = [
         make_plan(config, length, batch_size, dtype, max_rewind=max_rewind, device=chosen, name=name)
         for name, config in configs.items()
         for length in lengths[name]
     ]
-    for one in {one.model: one for one in plans}.values():  # of a model's contexts the last, which is the longest
-        for warning in one.warnings:
-            warnings.warn(f"{one.model}: {warning}", stacklevel=1)
     other = None
     if against is not None:
         other = make_plan(against, plans[0].context, batch_size, dtype, max_rewind=max_rewind, device=chosen)
-    if plot is not None:
-        _draw(plot, plot_of, configs, plans, batch_size, dtype)
     if as_json:
         described = [one.to_dict() for one in [*plans, *([other] if other else [])]]
         print(json.dumps(described[0] if len(described) == 1 else described, indent=2))
@@ -113,6 +164,20 @@ def plan(
         _print_csv([*plans, *([other] if other else [])])
     else:
         _print_tables(configs, plans, other, compare, what_if or [], method, engine)
+    sys.stdout.flush()
+    _warn(plans)
+    if plot is not None:
+        _draw(plot, plot_of, configs, plans, batch_size, dtype)
+
+
+def _warn(plans: "list[Plan]") -> None:
+    """A line for each thing that is to be said, with the models that it is said of."""
+    models: dict[str, list[str]] = {}
+    for one in {one.model: one for one in plans}.values():  # of a model's contexts the last, which is the longest
+        for warning in one.warnings:
+            models.setdefault(warning, []).append(one.model)
+    for warning, concerned in models.items():
+        warnings.warn(f"{', '.join(concerned)}: {warning}", stacklevel=1)
 
 
 def _fitting(
@@ -122,6 +187,7 @@ def _fitting(
     memory: str | None,
     dtype: str,
     max_rewind: int,
+    device: "Device",
 ) -> tuple[dict[str, list[int]], int]:
     """Each model's contexts, and the batch: with a memory the one of them that was not given is the largest."""
     from kvell.planning import batch_that_fits, context_that_fits
@@ -132,17 +198,21 @@ def _fitting(
         return {name: given or [config.max_positions] for name, config in configs.items()}, batch
     room = sizes.memory(memory)
     if context is None:
-        longest = {
-            name: context_that_fits(config, room, batch, dtype, max_rewind) for name, config in configs.items()
-        }
-        for name, length in longest.items():
-            print(f"{name}: {memory} hold {length:,} tokens for a batch of {batch}", file=sys.stderr)
-        return {name: [length] for name, length in longest.items()}, batch
+        longest = {}
+        for name, config in configs.items():
+            length = context_that_fits(config, room, batch, dtype, max_rewind, device=device)
+            said = f"{name}: {memory} hold {length:,} tokens for a batch of {batch}"
+            if length == config.max_positions:
+                largest = batch_that_fits(config, room, length, dtype, max_rewind, device=device)
+                said = f"{name}: {memory} hold all {length:,} positions, and at that length a batch of {largest:,}"
+            print(said, file=sys.stderr)
+            longest[name] = [length]
+        return longest, batch
     lengths = sizes.contexts(context)
     if len(configs) > 1 or len(lengths) > 1:
         raise InputError("memory and context together ask for one model's largest batch at one context")
     (name, config), length = next(iter(configs.items())), lengths[0]
-    largest = batch_that_fits(config, room, length, dtype, max_rewind)
+    largest = batch_that_fits(config, room, length, dtype, max_rewind, device=device)
     print(f"{name}: {memory} hold a batch of {largest:,} at {length:,} tokens", file=sys.stderr)
     return {name: lengths}, largest
 
@@ -190,10 +260,10 @@ def _print_tables(
     if other is not None:
         output.print(plan_tables.against_table(first, other), "")
     if what_if:
-        from kvell.planning.what_if import CHANGES, waterfall
+        from kvell.planning.what_if import waterfall
         from kvell.planning.what_if import what_if as count
 
-        changes = [*CHANGES, "gqa"] if what_if == ["all"] else what_if
+        changes = list(CHANGES) if what_if == [EVERY_CHANGE] else what_if
         counted = [count(config, change, first.context, form) for change in changes]
         output.print(plan_tables.what_if_table(first, counted), "")
         output.print(plan_tables.waterfall_table(waterfall(config, first.context, form)), "")

@@ -5,8 +5,11 @@ import re
 from kvell.errors import InputError
 
 TOKENS = {"": 1, "K": 1 << 10, "M": 1 << 20}
-BYTES = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
+BYTES = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
+BYTES |= {unit.removesuffix("B"): factor for unit, factor in BYTES.items() if unit.endswith("B")}
 BYTES |= {"KiB": 1 << 10, "MiB": 1 << 20, "GiB": 1 << 30, "TiB": 1 << 40}
+# A memory of fewer bytes holds no model: whoever writes so small a number means another unit.
+LEAST_BYTES = 1 << 20
 UNITS = ("B", "kB", "MB", "GB", "TB")
 
 
@@ -31,8 +34,13 @@ def contexts(text: str) -> list[int]:
 
 
 def memory(text: str) -> int:
-    """24GiB (2^30 each) or 24GB (10^9 each)."""
-    return _size(text, BYTES, "memory", "24GiB, 24GB or a number of bytes")
+    """24GiB (2^30 each), 24GB or 24G (10^9 each), or bytes, which are a mebibyte at least: 24 means another unit."""
+    size = _size(text, BYTES, "memory", "24GiB, 24GB or a number of bytes")
+    if size < LEAST_BYTES and not text.strip()[-1].isalpha():
+        raise InputError(
+            f"memory {text.strip()} would be {size:,} bytes: write {text.strip()}GB or {text.strip()}GiB"
+        )
+    return size
 
 
 def _size(text: str, units: dict[str, int], what: str, examples: str) -> int:

@@ -34,6 +34,11 @@ if TYPE_CHECKING:
 MAPPED_SHARE = 0.25
 
 
+def stays_on_disk(table_numbers: int, model_numbers: int, device_type: str) -> bool:
+    """Whether loading leaves the table on disk unless it is told otherwise: a large one, on the CPU."""
+    return device_type == "cpu" and table_numbers > model_numbers * MAPPED_SHARE
+
+
 class PerLayerEmbedding(Part):
     """`width` channels for every layer and token."""
 

@@ -5,22 +5,25 @@ from collections.abc import Callable
 from kvell.cache.stream import BLOCK_ROWS
 from kvell.errors import InputError
 
-# Contexts are named in whole blocks of as many tokens as a cache has rows in a block.
-LONGEST = 1 << 40
+LARGEST_BATCH = 1 << 40
 
 
-def longest_context(nbytes: Callable[[int, int], int], memory: int, batch_size: int) -> int:
-    """The longest context, in blocks, of which `nbytes(context, batch_size)` fits. InputError where none does."""
-    blocks = _largest(lambda count: nbytes(count * BLOCK_ROWS, batch_size) <= memory, LONGEST // BLOCK_ROWS)
+def longest_context(nbytes: Callable[[int, int], int], memory: int, batch_size: int, most: int) -> int:
+    """The longest context of at most `most` tokens of which `nbytes(context, batch_size)` fits: `most` itself, or
+    whole blocks of as many tokens as a cache has rows in a block. InputError where none does."""
+    if nbytes(most, batch_size) <= memory:
+        return most
+    blocks = _largest(lambda count: nbytes(count * BLOCK_ROWS, batch_size) <= memory, most // BLOCK_ROWS)
     if blocks == 0:
-        short = nbytes(BLOCK_ROWS, batch_size) - memory
-        raise InputError(f"a context of {BLOCK_ROWS} tokens does not fit: {short:,} bytes are missing")
+        least = min(BLOCK_ROWS, most)
+        short = nbytes(least, batch_size) - memory
+        raise InputError(f"a context of {least} tokens does not fit: {short:,} bytes are missing")
     return blocks * BLOCK_ROWS
 
 
 def largest_batch(nbytes: Callable[[int, int], int], memory: int, context: int) -> int:
     """The largest batch at a context. InputError where not even one sequence fits."""
-    batch = _largest(lambda count: nbytes(context, count) <= memory, LONGEST)
+    batch = _largest(lambda count: nbytes(context, count) <= memory, LARGEST_BATCH)
     if batch == 0:
         short = nbytes(context, 1) - memory
         raise InputError(f"a context of {context:,} tokens does not fit once: {short:,} bytes are missing")
@@ -29,7 +32,7 @@ def largest_batch(nbytes: Callable[[int, int], int], memory: int, context: int) 
 
 def _largest(fits: Callable[[int], bool], limit: int) -> int:
     """The largest count that fits, where all below it do; `limit` at most, 0 where none does."""
-    if not fits(1):
+    if limit < 1 or not fits(1):
         return 0
     low, high = 1, 2
     while high <= limit and fits(high):

@@ -36,8 +36,8 @@ def working_nbytes(config: ModelConfig, form: StorageFormat, context: int, batch
 
 
 def _block_numbers(block: Block, context: int, step: int, last: int) -> int:
-    """Numbers that a block makes in a step of `step` tokens that ends at `context` tokens of a sequence. What the last writer makes no rows of, and
-    all behind it, is about one token and not worth counting."""
+    """Numbers that a block makes in a step of `step` tokens that ends at `context` tokens of a sequence. What the
+    last writer makes no rows of, and all behind it, is about one token and not worth counting."""
     weights = [one for one in block.cost.weights if block.layer < last or (block.layer == last and one.every_token)]
     works = [one for one in block.cost.works if one.reads and block.layer < last]
     return step * _passed(weights) + max((_seen_numbers(one, context, step) for one in works), default=0)

@@ -14,7 +14,7 @@ import torch
 from kvell.cache import StreamSpecs, reserved_nbytes, streams_nbytes
 from kvell.config import ModelConfig
 from kvell.errors import InputError, whole_number
-from kvell.layers.per_layer_embedding import MAPPED_SHARE
+from kvell.layers.per_layer_embedding import stays_on_disk
 from kvell.planning.fit import largest_batch, longest_context
 from kvell.planning.flops import decode_flops, prefill_flops
 from kvell.planning.formats import StorageFormat, storage_format, stored_streams, weight_nbytes
@@ -156,8 +156,9 @@ def plan(
     ("deepseek-v3.2", "llama-3.1-8b", "llama-2-7b").
 
     `dtype` is a storage format (planning/formats.py), `device` one of a table (planning/roofline.py) or a Device.
-    `map_per_layer_table` None leaves a large table of per-layer embeddings on disk, as loading on a CPU does. `name`
-    is what the plan calls the model. InputError for sizes below 1 and for an unknown dtype or device.
+    `map_per_layer_table` None leaves a large table of per-layer embeddings on disk where loading does: on a device
+    that is a CPU. `name` is what the plan calls the model. InputError for sizes below 1 and for an unknown dtype or
+    device.
     """
     for what, value, least in (("context", context, 1), ("batch_size", batch_size, 1), ("max_rewind", max_rewind, 0)):
         whole_number(what, value, least)
@@ -169,8 +170,9 @@ def plan(
     decoding, prefill = decode_flops(config, context), prefill_flops(config, context)
     rewindable = min(max_rewind, context)
     read = _read_weights(config, form, batch_size) + batch_size * _read_rows(config, specs, context, form)
-    resident = planned_weights(config, form, map_per_layer_table)
-    whole = sum(part.nbytes for part in resident if not part.mapped and part.part != "draft block")
+    planned = planned_weights(config, form, device, map_per_layer_table)
+    # Of the per-layer table a prompt reads the rows of its tokens, wherever the table is.
+    whole = sum(part.nbytes for part in planned if part.part not in (TABLE, "draft block"))
     growing = {key: spec for key, spec in specs.items() if spec.past is None}
     constant = {key: spec for key, spec in specs.items() if spec.past is not None}
     return Plan(
@@ -180,7 +182,7 @@ def plan(
         max_rewind=max_rewind,
         dtype=form.name,
         warnings=_warnings(config, context),
-        weights=resident,
+        weights=planned,
         streams=_planned_streams(specs, context, rewindable, form),
         layer_groups=_layer_groups(config, specs, context, rewindable, form),
         cache_bytes=batch_size * streams_nbytes(specs, context, rewindable, form.row_dtype),
@@ -201,43 +203,58 @@ def plan(
 
 
 def planned_weights(
-    config: ModelConfig, form: StorageFormat, map_per_layer_table: bool | None = None
+    config: ModelConfig, form: StorageFormat, device: Device, map_per_layer_table: bool | None = None
 ) -> tuple[PlannedWeights, ...]:
-    """The weights by part, in the order in which a token meets them."""
+    """The weights by part, in the order in which a token meets them, as loading on the device places them."""
     numbers: dict[str, int] = {}
     nbytes: dict[str, int] = {}
     for weight in weights(config):
         numbers[weight.part] = numbers.get(weight.part, 0) + weight.numel * weight.learnt
         nbytes[weight.part] = nbytes.get(weight.part, 0) + weight_nbytes(weight, form)
-    large = numbers.get(TABLE, 0) > sum(numbers.values()) * MAPPED_SHARE
-    mapped = large if map_per_layer_table is None else map_per_layer_table
+    mapped = map_per_layer_table
+    if mapped is None:
+        mapped = stays_on_disk(numbers.get(TABLE, 0), sum(numbers.values()), device.type)
     return tuple(PlannedWeights(part, numbers[part], nbytes[part], mapped and part == TABLE) for part in numbers)
 
 
 def context_that_fits(
-    config: ModelConfig, memory: int, batch_size: int = 1, dtype: str | torch.dtype = "bfloat16", max_rewind: int = 0
+    config: ModelConfig,
+    memory: int,
+    batch_size: int = 1,
+    dtype: str | torch.dtype = "bfloat16",
+    max_rewind: int = 0,
+    *,
+    device: str | Device = "h100",
 ) -> int:
-    """The longest context, in blocks of 64 tokens, whose prefill's peak fits into `memory` bytes. InputError where
-    none does, or the weights alone do not."""
-    return longest_context(_peak_of(config, memory, dtype, max_rewind), memory, batch_size)
+    """The longest context whose prefill's peak fits into `memory` bytes of a device like `device`: all of the model's
+    positions, or as many blocks of 64 tokens as fit. InputError where none does, or the weights alone do not."""
+    peak = _peak_of(config, memory, dtype, max_rewind, device)
+    return longest_context(peak, memory, batch_size, config.max_positions)
 
 
 def batch_that_fits(
-    config: ModelConfig, memory: int, context: int, dtype: str | torch.dtype = "bfloat16", max_rewind: int = 0
+    config: ModelConfig,
+    memory: int,
+    context: int,
+    dtype: str | torch.dtype = "bfloat16",
+    max_rewind: int = 0,
+    *,
+    device: str | Device = "h100",
 ) -> int:
     """The largest batch of that context whose prefill's peak fits into `memory` bytes. InputError as above."""
-    return largest_batch(_peak_of(config, memory, dtype, max_rewind), memory, context)
+    return largest_batch(_peak_of(config, memory, dtype, max_rewind, device), memory, context)
 
 
 def _peak_of(
-    config: ModelConfig, memory: int, dtype: str | torch.dtype, max_rewind: int
+    config: ModelConfig, memory: int, dtype: str | torch.dtype, max_rewind: int, device: str | Device
 ) -> Callable[[int, int], int]:
     """Bytes of a prefill's peak by context and batch size. InputError where the weights do not fit."""
     if memory < 1:
         raise InputError(f"memory must be at least 1 byte, not {memory}")
     form = storage_format(dtype, config)
     specs = stored_streams(config, form)
-    resident = sum(part.nbytes for part in planned_weights(config, form) if not part.mapped)
+    device = known_device(device) if isinstance(device, str) else device
+    resident = sum(part.nbytes for part in planned_weights(config, form, device) if not part.mapped)
     if resident > memory:
         raise InputError(
             f"the weights take {resident:,} bytes, {resident - memory:,} more than the {memory:,} of the memory"

@@ -21,13 +21,15 @@ from kvell.planning.formats import StorageFormat
 
 @dataclass(frozen=True)
 class Device:
-    """Bytes of memory and bytes a second; FLOPs a second in 16 bits and, where it computes in FP8, in 8."""
+    """Bytes of memory and bytes a second; FLOPs a second in 16 bits and, where it computes in FP8, in 8. `type` is
+    torch's name for its kind, which decides what loading leaves on disk."""
 
     name: str
     memory_bytes: int
     bytes_per_second: float
     flops_per_second: float
     fp8_flops_per_second: float | None = None
+    type: str = "cuda"
 
 
 GB, TB, TERA = 10**9, 1e12, 1e12
@@ -42,8 +44,8 @@ DEVICES: dict[str, Device] = {
         Device("mi300x", 192 * GB, 5.3 * TB, 1307 * TERA, 2615 * TERA),
         Device("rtx-4090", 24 * GB, 1.008 * TB, 165 * TERA, 330 * TERA),
         Device("rtx-5090", 32 * GB, 1.792 * TB, 209 * TERA, 419 * TERA),
-        Device("xeon-8480+", 512 * GB, 0.307 * TB, 229 * TERA),
-        Device("desktop-ddr5", 64 * GB, 0.0896 * TB, 1.2 * TERA),
+        Device("xeon-8480+", 512 * GB, 0.307 * TB, 229 * TERA, type="cpu"),
+        Device("desktop-ddr5", 64 * GB, 0.0896 * TB, 1.2 * TERA, type="cpu"),
     )
 }
 
@@ -74,7 +76,7 @@ def measured_device(dtype: torch.dtype = torch.bfloat16) -> Device:
     products = [_best(partial(torch.matmul, one, one), place) for one in (matrix, matrix.float())]
     rate = 2 * 2048**3 / min(products)
     memory = _memory(place)
-    return Device(f"this {place.type}", memory, large.nbytes / reading, rate)
+    return Device(f"this {place.type}", memory, large.nbytes / reading, rate, type=place.type)
 
 
 def _best(work: Callable[[], object], place: torch.device) -> float:

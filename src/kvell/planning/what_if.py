@@ -14,21 +14,12 @@ from kvell.config import LayerConfig, ModelConfig
 from kvell.errors import InputError
 from kvell.layers.cost import Technique
 from kvell.layers.grouped_query import GroupedQuery
+from kvell.plan_changes import CHANGES, GQA_HEADS, GQA_WIDTH
 from kvell.planning.flops import decode_flops
 from kvell.planning.formats import StorageFormat
 
 # In the order in which they are left out: what a layer is without compression decides what is left to leave out.
 ORDER: tuple[Technique, ...] = ("compression", "windows", "sharing", "grouping")
-CHANGES: dict[str, tuple[Technique, ...]] = {
-    "no-sharing": ("sharing",),
-    "no-windows": ("windows",),
-    "no-compression": ("compression",),
-    "mha": ("compression", "grouping"),
-    "all-full": ("compression", "windows"),
-    "plain": ("compression", "windows", "sharing"),
-}
-# The heads of a usual grouped-query layer, as DeepSeek's report (arXiv 2606.19348) compares with.
-GQA_HEADS, GQA_WIDTH = 8, 128
 
 
 @dataclass(frozen=True)
@@ -72,10 +63,10 @@ def without(config: ModelConfig, techniques: Collection[Technique]) -> ModelConf
 
 def changed_config(config: ModelConfig, change: str) -> ModelConfig:
     """The config after a change by name. InputError, with the known ones, for another."""
-    if change in CHANGES:
-        return without(config, CHANGES[change])
-    if change != "gqa":
-        raise InputError(f"what-if {change} is unknown: use one of {', '.join([*CHANGES, 'gqa'])}")
+    if change not in CHANGES:
+        raise InputError(f"what-if {change} is unknown: use one of {', '.join(CHANGES)}")
+    if CHANGES[change].techniques:
+        return without(config, CHANGES[change].techniques)
     layers = []
     for layer in config.layers:
         heads = int(str(layer.attention.describe()["num_heads"]))
