@@ -84,7 +84,7 @@ def test_yaml_and_json_give_equal_configs(tmp_path: Path) -> None:
         (described([7]), "file: layers.0: a part's name, a layer or a pattern, not 7"),
         (
             described([{"use": "gqa", "attention": {"kv_source": -1}}]),
-            "file: layers.0: attention.kv_source: -1 is before",
+            "file: layers.0: attention.kv_source: -1 counts back from layer 0 to before the first layer",
         ),
         (
             described({"pattern": ["gqa", {"use": "cca", "attention": {"num_heads": 3}}], "repeat": 2}),
@@ -116,6 +116,18 @@ def test_yaml_and_json_give_equal_configs(tmp_path: Path) -> None:
         (described(["gqa"], eos_token_ids=2), "file: eos_token_ids: a list, not 2"),
         (described(["gqa"], per_layer_embedding=8), "file: per_layer_embedding: a mapping of names to values, not 8"),
         (described(["gqa"], hiden_size=8, hidden_size=None), "file: hiden_size: unknown field"),
+        (
+            described(["gqa"], hiden_size=8, vocab=9),
+            "file: hiden_size, vocab: unknown fields; allowed are model_type, family, vocab_size",
+        ),
+        (
+            {"layers": [{"attention": {"kind": "grouped_query", "num_heads": 2}, "feed_forward": GATED}]},
+            "file: layers.0 (layer 0): attention.num_kv_heads, attention.head_dim, attention.rotary are missing",
+        ),
+        (
+            {"hiden_size": 8, "layers": [{"attention": GQA, "feed_forward": GATED}]},
+            "; and vocab_size, hidden_size, max_positions are missing",
+        ),
     ],
 )
 def test_an_error_points_at_the_place_in_the_file_and_says_what_is_allowed(values: dict[str, Any], said: str) -> None:

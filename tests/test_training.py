@@ -621,7 +621,7 @@ def test_files_that_are_no_text_are_named_counted_and_skipped_only_if_asked(
         ),
         (
             {"tokenizer": {"vocab": 320}},
-            "run.yaml: tokenizer.vocab: unknown field; allowed are vocab_size (and 1 more)",
+            "run.yaml: tokenizer.vocab: unknown field; allowed are vocab_size; and tokenizer.vocab_size is missing",
         ),
         ({"tokenizer": 320}, "run.yaml: tokenizer: a mapping of names to values, not 320"),
         (
@@ -648,6 +648,28 @@ def test_what_cannot_be_trained_is_said_in_one_line(
     (tmp_path / "empty").mkdir()
     changes = json.loads(json.dumps(changes).replace("{empty}", str(tmp_path / "empty")))
     assert said in refused(texts, tmp_path, capfd, **changes)
+
+
+@pytest.mark.parametrize("name", ["gqa.yaml", "config.json"])
+def test_a_models_file_in_place_of_a_runs_says_which_file_is_wanted(
+    name: str, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    path = Path(__file__).parent.parent / "examples" / "models" / name
+    if name == "config.json":
+        path = tmp_path / name
+        path.write_text('{"model_type": "laguna"}')
+    code = cli.main(["train", str(path), "--out", str(tmp_path / "run")])
+    assert (code, capfd.readouterr().err) == (
+        1,
+        f"error: {path} describes a model, not a run: a run's file names it, `model: {name}`, beside tokenizer, data "
+        "and stages (docs/training.md)\n",
+    )
+
+
+def test_what_a_run_lacks_is_said_by_name(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "run.yaml").write_text("model: gemma-4-e2b\n")
+    assert cli.main(["train", str(tmp_path / "run.yaml")]) == 1
+    assert capfd.readouterr().err == "error: run.yaml: tokenizer, data, stages are missing\n"
 
 
 TEXT = {"sources": [{"kind": "files", "paths": ["{texts}"]}], "held_out": 0.2}

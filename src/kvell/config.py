@@ -7,7 +7,7 @@ it reads, which feed-forward, where the norms stand.
 import hashlib
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal, Self, get_args, get_origin
+from typing import Any, Literal, NamedTuple, Self, get_args, get_origin
 
 from pydantic import NonNegativeInt, PositiveFloat, PositiveInt, ValidationError, model_validator
 
@@ -27,6 +27,8 @@ WANTED = {
     "tuple_type": "a list",
     "model_type": "a mapping of names to values",
 }
+MISSING, UNKNOWN = "missing", "unknown field"
+MOST_SAID = 4  # of a kind in one place, and kinds and places
 
 
 class LayerConfig(Part):
@@ -177,24 +179,48 @@ class ModelConfig(Part):
 
 
 def one_line(error: ValidationError, where: str, values: Any, part: type[Part]) -> str:
-    """The first problem of a failed validation of a `part`, and how many more there are."""
-    return f"{where}: {counted(problems(error, values, part))}"
+    """The problems of a failed validation of a `part`; see `in_a_line`."""
+    return f"{where}: {in_a_line(problems(error, values, part))}"
 
 
-def counted(found: Sequence[str]) -> str:
-    return found[0] + (f" (and {len(found) - 1} more)" if len(found) > 1 else "")
+class Problem(NamedTuple):
+    """What is wrong at a path of the values ("" for all of them), in words."""
+
+    path: str
+    words: str
+
+
+def in_a_line(found: Sequence[Problem]) -> str:
+    """The first few problems, and how many more there are. The fields of one place that are missing or unknown stand
+    together."""
+    together: dict[tuple[str, str], list[str]] = {}
+    for path, words in found:
+        parent = path.rpartition(".")[0] if words in (MISSING, UNKNOWN) or words.startswith(f"{UNKNOWN};") else path
+        together.setdefault((parent, words), []).append(path)
+    said = [_of_paths(paths[:MOST_SAID], words) for (_, words), paths in together.items()]
+    left = len(found) - sum(len(paths[:MOST_SAID]) for paths in list(together.values())[:MOST_SAID])
+    return "; and ".join(said[:MOST_SAID]) + (f" (and {left} more)" if left else "")
+
+
+def _of_paths(paths: Sequence[str], words: str) -> str:
+    names = ", ".join(paths)
+    if words == MISSING:
+        return f"{names} {'is' if len(paths) == 1 else 'are'} {MISSING}"
+    if len(paths) > 1:
+        words = words.replace(UNKNOWN, f"{UNKNOWN}s", 1)
+    return f"{names}: {words}" if names else words
 
 
 def problems(
     error: ValidationError, values: Any, part: type[Part], ignored: frozenset[str] = frozenset()
-) -> list[str]:
+) -> list[Problem]:
     """What a failed validation of a `part` found, each with its path in the values and what is allowed there, but for
     `ignored` types of errors. Unknown fields come first: where another is missing, they tell why."""
     found = sorted(error.errors(), key=lambda problem: problem["type"] != "extra_forbidden")
     return [_in_words(problem, values, part) for problem in found if problem["type"] not in ignored]
 
 
-def _in_words(problem: Any, values: Any, part: type[Part]) -> str:
+def _in_words(problem: Any, values: Any, part: type[Part]) -> Problem:
     path = ".".join(_steps(problem["loc"], values))
     message = problem["msg"].removeprefix("Value error, ")
     if problem["type"] == "union_tag_not_found":
@@ -202,10 +228,12 @@ def _in_words(problem: Any, values: Any, part: type[Part]) -> str:
     elif problem["type"] == "union_tag_invalid":
         message = f"kind {problem['ctx']['tag']!r} is unknown; known are {problem['ctx']['expected_tags']}"
     elif problem["type"] == "extra_forbidden" and (owner := _part_at(part, problem["loc"][:-1])) is not None:
-        message = f"unknown field; allowed are {', '.join(owner.model_fields)}"
+        message = f"{UNKNOWN}; allowed are {', '.join(owner.model_fields)}"
+    elif problem["type"] == "missing":
+        message = MISSING
     elif problem["type"] in WANTED:
         message = f"{WANTED[problem['type']]}, not {problem['input']!r:.80}"
-    return f"{path + ': ' if path else ''}{message}"
+    return Problem(path, message)
 
 
 def _part_at(annotation: Any, location: Sequence[int | str]) -> type[Part] | None:

@@ -19,7 +19,7 @@ from typing import Any
 import yaml
 from pydantic import ValidationError
 
-from kvell.config import LayerConfig, ModelConfig, counted, problems
+from kvell.config import LayerConfig, ModelConfig, Problem, in_a_line, problems
 from kvell.errors import CheckpointError, ConfigError
 
 Values = dict[str, Any]
@@ -163,10 +163,10 @@ def _check(way: Way, where: str, which: str, ignored: frozenset[str] = frozenset
     """ConfigError for what is wrong with a layer by itself, pointing at the first place on its way where it is so."""
     if found := _problems(way[-1][1], ignored):
         place = next(path for path, values in way if found[0] in _problems(values, ignored))
-        raise ConfigError(f"{where}: {place}{which}: {counted(found)}")
+        raise ConfigError(f"{where}: {place}{which}: {in_a_line(found)}")
 
 
-def _problems(layer: Values, ignored: frozenset[str]) -> list[str]:
+def _problems(layer: Values, ignored: frozenset[str]) -> list[Problem]:
     values = _absolute(layer, ANY_LAYER, "")
     try:
         LayerConfig.model_validate(values)
@@ -197,7 +197,7 @@ def _absolute(layer: Values, index: int, path: str) -> Values:
             if isinstance(source, int) and not isinstance(source, bool) and source < 0:
                 if index + source < 0:
                     raise ConfigError(
-                        f"{path}: {inner}.{field}: {source} is before the first layer (this is {index})"
+                        f"{path}: {inner}.{field}: {source} counts back from layer {index} to before the first layer"
                     )
                 result[field] = index + source
         return result

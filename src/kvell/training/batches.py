@@ -15,7 +15,7 @@ from jaxtyping import Int
 from pydantic import ValidationError
 from torch import Tensor
 
-from kvell.config import counted, problems
+from kvell.config import in_a_line, problems
 from kvell.errors import ConfigError
 from kvell.training.settings import MixedTask, Stage, TrainingConfig
 from kvell.training.tasks import Example, Needles, Passkey, Task
@@ -181,7 +181,7 @@ def unmakeable(task: Task, length: int, vocab_size: int, encode: Encode, bos: in
     try:
         type(task).model_validate(dict(task) | {"length": length})
     except ValidationError as error:
-        return counted(problems(error, dict(task), type(task)))
+        return in_a_line(problems(error, dict(task), type(task)))
     return None
 
 

@@ -288,6 +288,11 @@ class TrainingConfig(Part):
         file's folder. ConfigError or CheckpointError, in one line with the path in the file, for what cannot be.
         """
         values = {**read_mapping(path), **(changes or {})}
+        if "model" not in values and ("layers" in values or "model_type" in values):
+            raise ConfigError(
+                f"{path} describes a model, not a run: a run's file names it, `model: {Path(path).name}`, beside "
+                "tokenizer, data and stages (docs/training.md)"
+            )
         values.setdefault("out", f"runs/{Path(path).stem}")
         model = values.get("model")
         if isinstance(model, str):
