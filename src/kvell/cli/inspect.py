@@ -30,7 +30,12 @@ COLUMNS = (
 
 
 def inspect(
-    model: Annotated[str, typer.Argument(help="A directory, a config.json, or a built-in name such as gemma-4-e2b.")],
+    model: Annotated[
+        str,
+        typer.Argument(
+            help="A model's directory, its config.json, a YAML file, or a built-in name such as gemma-4-e2b."
+        ),
+    ],
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of tables.")] = False,
 ) -> None:
     """Show every layer of a model resolved, its parameters, and the streams its cache holds. Loads no weights."""

@@ -17,15 +17,20 @@ INTERRUPTED = 130  # what shells give for a process that Ctrl-C ended
 
 
 def train(
-    config: Annotated[str, typer.Argument(help="A run's config, YAML or JSON.", metavar="CONFIG")],
+    config: Annotated[
+        str,
+        typer.Argument(help="A run's file, YAML or JSON: docs/training.md says what stands in it.", metavar="CONFIG"),
+    ],
     out: Annotated[str | None, typer.Option(help="The run's folder, in place of the config's.")] = None,
     device: Annotated[str | None, typer.Option(help="The device, in place of the config's.")] = None,
     threads: Annotated[int | None, typer.Option(help="CPU threads to compute with.")] = None,
     skip_bad: Annotated[
         bool, typer.Option("--skip-bad", help="Leave out files that are no UTF-8 text or cannot be read.")
     ] = False,
-    fresh: Annotated[bool, typer.Option("--fresh", help="Discard what the run's folder holds.")] = False,
-    as_json: Annotated[bool, typer.Option("--json", help="Print the outcome as JSON.")] = False,
+    fresh: Annotated[bool, typer.Option("--fresh", help="Begin anew: discard what the run's folder holds.")] = False,
+    as_json: Annotated[
+        bool, typer.Option("--json", help="Print how the run ended as JSON, and not the config.")
+    ] = False,
 ) -> None:
     """Train a model, or go on with a run that was stopped.
 
