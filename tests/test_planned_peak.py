@@ -130,8 +130,11 @@ print(resident("VmHWM") - base, kvell.plan(config, length, batch_size, "float32"
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
-@pytest.mark.parametrize(("length", "batch_size"), [(4096, 1), (16384, 1), (2048, 32)])
-@pytest.mark.parametrize("family", SMALL)
+@pytest.mark.parametrize(
+    ("family", "length", "batch_size"),
+    [(family, *shape) for family in SMALL for shape in ((4096, 1), (16384, 1), (4096, 4))]
+    + [("deepseek_v4", 4096, 16)],  # whose attention makes most of what it sees
+)
 def test_a_prefill_needs_what_was_planned(family: str, length: int, batch_size: int) -> None:
     arguments = [sys.executable, "-c", MEASURE, json.dumps(SMALL[family]), str(length), str(batch_size)]
     done = subprocess.run(arguments, capture_output=True, text=True, check=True)
