@@ -196,4 +196,4 @@ def install(patch: pytest.MonkeyPatch, model: nn.Module, bundled: Path) -> None:
     bundle.bundled_model_path = lambda: bundled  # type: ignore[attr-defined]
     patch.setitem(sys.modules, "kvell.planning", planning)
     patch.setitem(sys.modules, "kvell.bundled", bundle)
-    patch.setattr(kvell, "from_pretrained", lambda path, dtype, device, released_rounding: model, raising=False)
+    patch.setattr(kvell, "from_pretrained", lambda path, **options: model, raising=False)

@@ -5,6 +5,8 @@ import os
 import shutil
 import subprocess
 import sys
+import time
+import tracemalloc
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -12,10 +14,12 @@ from typing import Any
 import pytest
 import torch
 from oracle import (
+    DEEPSEEK_V4,
     FULL,
     GEMMA4,
     LAGUNA,
     SLIDING,
+    ZAYA,
     gemma4,
     gemma4_tensors,
     laguna,
@@ -375,6 +379,72 @@ def test_a_single_file_cut_short_is_refused(tmp_path: Path) -> None:
     cut(folder / "model.safetensors", 0.5)
     with pytest.raises(kvell.CheckpointError, match=r"model\.safetensors"):
         kvell.from_pretrained(folder)
+
+
+RELEASED = {
+    "gemma4": (GEMMA4 | {"enable_moe_block": True, "num_experts": 4, "top_k_experts": 2, "moe_intermediate_size": 8}),
+    "laguna": LAGUNA,
+    "zaya": ZAYA,
+    "deepseek_v4": DEEPSEEK_V4,
+}
+
+
+@pytest.mark.parametrize(("counted", "given", "stored"), [("layers", 1000, 6), ("experts", 60000, 2)])
+@pytest.mark.parametrize("family", RELEASED)
+def test_a_count_that_no_tensors_bear_out_is_refused_at_once(
+    family: str, counted: str, given: int, stored: int, tmp_path: Path
+) -> None:
+    """Before a table of names is made for all of them."""
+    key = "num_hidden_layers" if counted == "layers" else FAMILIES[family].experts
+    by_layer = ("types", "per_layer", "ratios")
+    config = {name: value for name, value in RELEASED[family].items() if not name.endswith(by_layer)} | {key: given}
+    experts = "local_experts" if family == "zaya" else "experts"
+    names = [f"model.layers.{layer}.mlp.{experts}.{expert}.w1.weight" for layer in range(6) for expert in range(2)]
+    folder = write(tmp_path, config, {name: torch.ones(2) for name in names})
+    tracemalloc.start()
+    start = time.monotonic()
+    try:
+        with pytest.raises(kvell.ConfigError, match=f"{key} is {given}, and there are tensors of {stored}\\Z"):
+            kvell.from_pretrained(folder)
+        assert tracemalloc.get_traced_memory()[1] < 100e6
+    finally:
+        tracemalloc.stop()
+    assert time.monotonic() - start < 10  # traced, and beside other work; a table of names takes minutes
+
+
+def test_experts_in_one_tensor_are_counted_by_its_rows(tmp_path: Path) -> None:
+    tensors = {f"model.layers.{layer}.mlp.experts.down_proj": torch.ones(8, 2, 2) for layer in range(4)}
+    folder = write(tmp_path, LAGUNA | {"num_experts": 60000}, tensors)
+    with pytest.raises(kvell.ConfigError, match="num_experts is 60000, and there are tensors of 8"):
+        kvell.from_pretrained(folder)
+
+
+def test_a_config_by_hand_may_stand_beside_kvells_own_tensors(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    model = kvell.Decoder(kvell.ModelConfig.from_dict(MIXED)).eval()
+    model.save_pretrained(tmp_path)
+    (tmp_path / "config.json").write_text(json.dumps(MIXED))
+    loaded = kvell.from_pretrained(tmp_path)
+    assert loaded.config == model.config
+    with torch.no_grad():
+        assert torch.equal(loaded(prompt() % 50), model(prompt() % 50))
+
+
+def test_a_config_without_a_model_type_or_layers_says_so(tmp_path: Path) -> None:
+    folder = write(tmp_path, {"hidden_size": 3}, {"x": torch.ones(1)})
+    with pytest.raises(kvell.ConfigError, match="model_type is missing, known are kvell, "):
+        kvell.from_pretrained(folder)
+
+
+def test_unknown_keys_are_left_out_where_that_is_asked_for(tmp_path: Path) -> None:
+    folder = write(tmp_path, LAGUNA | {"new_key": 1}, laguna_tensors(laguna(LAGUNA)))
+    with pytest.raises(kvell.ConfigError, match="laguna config: new_key: unknown"):
+        kvell.from_pretrained(folder)
+    with pytest.warns(UserWarning, match="unknown keys are left out: new_key") as warned:
+        model = kvell.from_pretrained(folder, strict=False)
+    assert len(warned) == 1
+    with pytest.warns(UserWarning, match="new_key"):
+        assert kvell.ModelConfig.from_pretrained(folder, strict=False) == model.config
 
 
 def test_a_directory_that_is_not_there_is_named(tmp_path: Path) -> None:

@@ -190,14 +190,21 @@ def test_dtype_device_threads_and_rounding_are_taken(directory: Path, monkeypatc
     )
     threads: list[int] = []
     monkeypatch.setattr(torch, "set_num_threads", threads.append)
-    options = ["--dtype", "bfloat16", "--device", "cpu", "--threads", "1", "--released-rounding"]
+    options = ["--dtype", "bfloat16", "--device", "cpu", "--threads", "1", "--released-rounding", "--lenient"]
     assert main(["generate", str(directory), "--prompt", PROMPT, *options]) == 0
     device = torch.device("cpu")
-    assert loaded == {"path": directory, "dtype": torch.bfloat16, "device": device, "released_rounding": True}
+    assert loaded == {
+        "path": directory,
+        "dtype": torch.bfloat16,
+        "device": device,
+        "released_rounding": True,
+        "strict": False,
+    }
     assert threads == [1]
     assert main(["generate", str(directory), "--prompt", PROMPT]) == 0
     assert loaded["dtype"] is None, "as stored"
     assert loaded["released_rounding"] is False
+    assert loaded["strict"] is True
 
 
 # Where the prompt comes from

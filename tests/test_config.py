@@ -208,23 +208,16 @@ UNREADABLE = {
     ),
     "Gemma heads that do not divide": (
         GEMMA4 | {"num_key_value_heads": 3},
-        ["gemma4", "layers.0", "num_heads 4", "num_kv_heads 3"],
+        ["gemma4", "layer 0: num_attention_heads 4", "num_key_value_heads 3"],
     ),
     "another activation": (GEMMA4 | {"hidden_activation": "relu"}, ["gemma4", "hidden_activation", "relu"]),
-    "a missing Gemma field": (
-        {name: value for name, value in GEMMA4.items() if name != "hidden_size"},
-        ["gemma4", "hidden_size"],
-    ),
+    "a Gemma field that is null": (GEMMA4 | {"hidden_size": None}, ["gemma4", "hidden_size is null"]),
     "attention both ways": (
         GEMMA4 | {"use_bidirectional_attention": "all"},
         ["gemma4", "use_bidirectional_attention"],
     ),
     "a vocabulary of nothing": (GEMMA4 | {"vocab_size": 0}, ["gemma4 config: vocab_size is 0"]),
     "a vocabulary that is no number": (GEMMA4 | {"vocab_size": "x"}, ["gemma4 config: vocab_size is 'x'"]),
-    "a table for another vocabulary": (
-        GEMMA4 | {"vocab_size_per_layer_input": 50},
-        ["gemma4", "vocab_size_per_layer_input"],
-    ),
     "rotary settings for one type only": (
         LAGUNA | {"rope_parameters": {FULL: yarn()[FULL]}},
         ["laguna", "rope_parameters", SLIDING],
@@ -234,12 +227,12 @@ UNREADABLE = {
         ["laguna", f"rope_parameters.{FULL}", "longrope", "yarn"],
     ),
     "an unknown rotary setting": (
-        LAGUNA | {"rope_parameters": yarn(mscale=1.0)},
-        ["laguna", f"rope_parameters.{FULL}", "mscale"],
+        LAGUNA | {"rope_parameters": yarn(scale=1.0)},
+        ["laguna", f"rope_parameters.{FULL}.scale"],
     ),
     "YaRN without its factor": (
         LAGUNA | {"rope_parameters": yarn(factor=None)},
-        ["laguna", f"rope_parameters.{FULL}", "factor is missing"],
+        ["laguna", f"rope_parameters.{FULL}.factor is null"],
     ),
     "too few head counts": (
         LAGUNA_YARN | {"num_attention_heads_per_layer": [6, 8]},
@@ -251,7 +244,7 @@ UNREADABLE = {
     ),
     "Laguna heads that do not divide": (
         LAGUNA_YARN | {"num_attention_heads_per_layer": [6, 8, 7, 8]},
-        ["laguna", "layers.2.attention", "num_heads 7", "num_kv_heads 2"],
+        ["laguna", "layer 2: num_attention_heads 7", "num_key_value_heads 2"],
     ),
     "an unknown gate": (LAGUNA_YARN | {"gating": "per-token"}, ["laguna", "gating", "per-token"]),
     "routing weights that are not normalised": (
@@ -266,7 +259,7 @@ UNREADABLE = {
         {"model_type": "mamba"},
         ["mamba", "kvell", "gemma4", "gemma4_text", "laguna"],
     ),
-    "no model at all": ({"hidden_size": 3}, ["model_type", "None", "laguna"]),
+    "no model at all": ({"hidden_size": 3}, ["model_type is missing", "laguna"]),
 }
 
 

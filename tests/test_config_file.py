@@ -215,3 +215,27 @@ def test_every_example_builds_is_inspected_and_survives_json(file: Path, capfd: 
     assert kvell.ModelConfig.from_dict(json.loads(config.to_json())) == config
     assert cli.main(["inspect", str(file)]) == 0
     assert f"{config.num_layers - 1}" in capfd.readouterr().out
+
+
+@pytest.mark.parametrize(
+    "layers",
+    [
+        {"pattern": ["gqa"], "repeat": 10**9},
+        {"pattern": {"pattern": ["gqa"], "repeat": 10**9}, "repeat": 10**9},
+    ],
+)
+def test_more_layers_than_anyone_has_are_refused_at_once(layers: Any) -> None:
+    with pytest.raises(kvell.ConfigError, match="file: layers: these are more than 1,024"):
+        resolve(described(layers), "file")
+
+
+def test_a_pattern_of_nothing_is_nothing_however_often() -> None:
+    with pytest.raises(kvell.ConfigError, match="a model has at least one layer"):
+        resolve(described({"pattern": [], "repeat": 10**9}), "file")
+
+
+def test_a_number_too_long_to_read_is_one_line(tmp_path: Path) -> None:
+    for name in ("model.json", "model.yaml"):
+        (tmp_path / name).write_text('{"layers": ' + "1" * 5000 + "}")
+        with pytest.raises(kvell.ConfigError, match=f"{name}: "):
+            read_config_file(tmp_path / name)

@@ -12,6 +12,7 @@ from oracle import (
     NEW_TOKENS,
     PROMPT_LENGTH,
     SLIDING,
+    VOCAB,
     assert_gradients_agree,
     gemma4,
     gemma4_tensors,
@@ -231,6 +232,62 @@ def test_a_multimodal_file_under_any_known_prefix_is_read(case: str, prefix: str
         for name in ("k_proj.weight", "v_proj.weight", "k_norm.weight"):
             tensors[f"{prefix}layers.5.self_attn.{name}"] = torch.randn(8, 32)
     assert_same_logits(kvell.from_pretrained(write(tmp_path, config, tensors)), case)
+
+
+def test_a_rotary_fraction_at_the_top_is_that_of_full_layers_without_one(tmp_path: Path) -> None:
+    """Sliding layers turn whole heads, whatever is said."""
+    sets = {
+        FULL: {"rope_type": "proportional", "rope_theta": 1e6},
+        SLIDING: {"rope_type": "default", "rope_theta": 1e4},
+    }
+    config = GEMMA4 | {"partial_rotary_factor": 0.5, "rope_parameters": sets}
+    theirs = gemma4(config)
+    model = kvell.from_pretrained(write(tmp_path, config, gemma4_tensors(theirs)))
+    assert {layer.attention.rotary.fraction for layer in model.config.layers} == {0.5, 1.0}
+    with torch.no_grad():
+        torch.testing.assert_close(model(prompt()), logits_without_cache(theirs, prompt()), rtol=0, atol=1e-4)
+
+
+@pytest.mark.parametrize("mapped", [False, True])
+@pytest.mark.parametrize("rows", [VOCAB - 7, VOCAB + 7])
+def test_the_per_layer_table_may_have_other_rows_than_the_vocabulary(rows: int, mapped: bool, tmp_path: Path) -> None:
+    config = GEMMA4 | {"vocab_size_per_layer_input": rows}
+    theirs, tokens = gemma4(config), prompt().clamp(max=VOCAB - 8)
+    model = kvell.from_pretrained(write(tmp_path, config, gemma4_tensors(theirs)), map_per_layer_table=mapped)
+    with torch.no_grad():
+        torch.testing.assert_close(model(tokens), logits_without_cache(theirs, tokens), rtol=0, atol=1e-4)
+    last = torch.tensor([[VOCAB - 1]])
+    if rows > VOCAB:
+        model(last)
+    else:
+        with pytest.raises(IndexError):
+            logits_without_cache(theirs, last)
+        with pytest.raises(
+            kvell.InputError, match=f"token id {VOCAB - 1} has no per-layer embedding: there are {rows}"
+        ):
+            model(last)
+    model.save_pretrained(tmp_path / "saved")
+    assert kvell.ModelConfig.from_pretrained(tmp_path / "saved") == model.config
+
+
+def test_a_unified_model_has_gemma_4s_decoder(tmp_path: Path) -> None:
+    """The 12B: without per-layer embeddings, and with other towers."""
+    unified = pytest.importorskip("transformers.models.gemma4_unified")
+    alone = ("vocab_size_per_layer_input", "hidden_size_per_layer_input", "model_type")
+    text = {name: value for name, value in GEMMA4.items() if name not in alone}
+    config = unified.Gemma4UnifiedConfig(
+        text_config=text | {"attention_k_eq_v": True, "num_global_key_value_heads": 1},
+        vision_config={"mm_embed_dim": 32, "output_proj_dims": 32, "mm_posemb_size": 8, "patch_size": 2},
+        audio_config={"audio_embed_dim": 8},
+    )
+    torch.manual_seed(0)
+    theirs = unified.Gemma4UnifiedForConditionalGeneration(config).eval()
+    theirs.save_pretrained(tmp_path)
+    model = kvell.from_pretrained(tmp_path)
+    assert model.config.per_layer_embedding is None
+    with torch.no_grad():
+        wanted = theirs(prompt(), use_cache=False).logits
+        torch.testing.assert_close(model(prompt()), wanted, rtol=0, atol=1e-4)
 
 
 @pytest.mark.parametrize("case", [E2B, EVERYTHING, MOE])

@@ -261,6 +261,18 @@ def test_a_step_between_sparse_layers_counts_from_one(tmp_path: Path) -> None:
         torch.testing.assert_close(model(prompt()), wanted, rtol=0, atol=1e-4)
 
 
+def test_a_rotary_fraction_at_the_top_is_that_of_sets_without_one(tmp_path: Path) -> None:
+    """XS.2's file has one there too."""
+    config = released_config(XS2) | {"partial_rotary_factor": 0.5}
+    config["rope_parameters"] = json.loads(json.dumps(config["rope_parameters"]))
+    del config["rope_parameters"][FULL]["partial_rotary_factor"]
+    theirs = laguna(config)
+    model = kvell.from_pretrained(write(tmp_path, config, laguna_tensors(theirs)))
+    assert model.config == kvell.ModelConfig.from_pretrained(write(tmp_path / "own", released_config(XS2), {}))
+    with torch.no_grad():
+        torch.testing.assert_close(model(prompt()), logits_without_cache(theirs, prompt()), rtol=0, atol=1e-4)
+
+
 def test_a_stray_number_beside_the_rotary_settings_is_no_setting(tmp_path: Path) -> None:
     """The released file repeats original_max_position_embeddings outside the types it belongs to."""
     config = released_config(XS2)

@@ -22,6 +22,9 @@ from kvell.layers.routers import ROUTER_STATE
 
 NormPlacement = Literal["pre", "sandwich", "post"]
 
+# Bounds far beyond what is: a file whose numbers no tensors bear out is refused before anything is made for them.
+MOST_LAYERS = 1024
+
 # Types of pydantic's errors, and what it asks for in the words of who writes a config.
 WANTED = {
     "tuple_type": "a list",
@@ -95,6 +98,8 @@ class ModelConfig(Part):
     def _layers_fit_together(self) -> Self:
         if not self.layers:
             raise ValueError("layers: a model has at least one layer")
+        if len(self.layers) > MOST_LAYERS:
+            raise ValueError(f"layers: there are {len(self.layers)}, and Kvell builds no more than {MOST_LAYERS:,}")
         for index, layer in enumerate(self.layers):
             self._check_source(index, "attention.kv_source", layer.attention, layer.attention.kv_source)
             self._check_source(
@@ -118,6 +123,12 @@ class ModelConfig(Part):
     @property
     def num_layers(self) -> int:
         return len(self.layers)
+
+    @property
+    def num_known_tokens(self) -> int:
+        """How many token ids can be fed: those in the vocabulary that have a row in every table."""
+        per_layer = self.per_layer_embedding and self.per_layer_embedding.vocab_size
+        return min(self.vocab_size, per_layer or self.vocab_size)
 
     def site(self, index: int = -1) -> Site:
         """Where layer `index` (or, at -1, a part outside the layers) is built."""
@@ -153,8 +164,10 @@ class ModelConfig(Part):
 
     def digest(self) -> str:
         """A short name for the mathematics described: whatever a token's logits depend on, besides the weights."""
-        token_ids = {"bos_token_id", "eos_token_ids", "pad_token_id", "suppress_tokens"}
-        other = {"family", "max_positions", "initializer_range", *token_ids}
+        token_ids = ("bos_token_id", "eos_token_ids", "pad_token_id", "suppress_tokens")
+        other: dict[str, Any] = dict.fromkeys(("family", "max_positions", "initializer_range", *token_ids), True)
+        if self.per_layer_embedding is not None and self.per_layer_embedding.vocab_size is None:
+            other["per_layer_embedding"] = {"vocab_size"}
         return hashlib.sha256(self.model_dump_json(exclude=other).encode()).hexdigest()[:16]
 
     @classmethod
@@ -166,12 +179,13 @@ class ModelConfig(Part):
             raise ConfigError(where + str(error).removeprefix("config")) from None
 
     @classmethod
-    def from_pretrained(cls, path: str | Path) -> "ModelConfig":
+    def from_pretrained(cls, path: str | Path, *, strict: bool = True) -> "ModelConfig":
         """The config of a model's directory, of a config.json of any known family or Kvell's own, or of a
-        built-in name such as "gemma-4-e2b"."""
+        built-in name such as "gemma-4-e2b". With `strict` false, keys of a released config that Kvell does not know
+        are left out with a warning, where else they are a ConfigError."""
         from kvell.families import read_config
 
-        return read_config(path)
+        return read_config(path, strict=strict)
 
     def to_json(self) -> str:
         """Kvell's own config.json, every field spelled out."""

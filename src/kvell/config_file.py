@@ -19,7 +19,7 @@ from typing import Any
 import yaml
 from pydantic import ValidationError
 
-from kvell.config import LayerConfig, ModelConfig, Problem, in_a_line, problems
+from kvell.config import MOST_LAYERS, LayerConfig, ModelConfig, Problem, in_a_line, problems
 from kvell.errors import CheckpointError, ConfigError
 
 Values = dict[str, Any]
@@ -55,7 +55,7 @@ def read_mapping(path: str | Path) -> Values:
         mark = error.problem_mark
         place = "" if mark is None else f"line {mark.line + 1}, column {mark.column + 1}: "
         raise ConfigError(f"{path}: {place}{error.problem or error.context}") from None
-    except yaml.YAMLError as error:
+    except (yaml.YAMLError, ValueError) as error:
         raise ConfigError(f"{path}: {error}") from None
     except RecursionError:
         raise ConfigError(f"{path} is nested too deeply") from None
@@ -108,6 +108,8 @@ def resolve(values: Mapping[str, Any], where: str) -> ModelConfig:
     origins: list[str] = []
     layers: list[Values] = []
     for way in _expanded(entries, parts, where, "layers"):
+        if len(layers) == MOST_LAYERS:
+            raise ConfigError(f"{where}: layers: these are more than {MOST_LAYERS:,}, and Kvell builds no more")
         _check(way, where, f" (layer {len(layers)})")
         origin, layer = way[-1]
         layers.append(_absolute(layer, len(layers), f"{where}: {origin}"))
@@ -130,7 +132,12 @@ def _expanded(entry: Any, parts: Mapping[str, Any], where: str, path: str) -> It
         if not isinstance(repeat, int) or isinstance(repeat, bool) or repeat < 1:
             raise ConfigError(f"{where}: {path}.repeat: {repeat!r} is no positive whole number")
         for _ in range(repeat):
-            yield from _expanded(entry["pattern"], parts, where, f"{path}.pattern")
+            empty = True
+            for way in _expanded(entry["pattern"], parts, where, f"{path}.pattern"):
+                empty = False
+                yield way
+            if empty:  # however often it is repeated
+                break
     else:
         yield _layer(entry, parts, where, path, ())
 

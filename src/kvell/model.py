@@ -394,8 +394,10 @@ class Decoder(nn.Module):
             raise InputError(f"counts {lengths} do not lay out tokens of the shape {tuple(tokens.shape)}")
         if tokens.device.type == "cpu":  # on an accelerator looking would make it wait
             low, high = (int(value) for value in tokens.aminmax())
-            if low < 0 or high >= self.config.vocab_size:
-                wrong = low if low < 0 else high
+            if low < 0 or high >= self.config.num_known_tokens:
+                wrong, known = low if low < 0 else high, self.config.num_known_tokens
+                if 0 <= wrong < self.config.vocab_size:
+                    raise InputError(f"token id {wrong} has no per-layer embedding: there are {known} of them")
                 raise InputError(f"token id {wrong} is outside the vocabulary of {self.config.vocab_size}")
         return lengths
 

@@ -1,9 +1,11 @@
 """Weights in: every parameter is set by exactly one tensor (or by pieces that fill it exactly), and every tensor is
 used or left out by a named rule. Anything else is an error, so no weight is ever random by accident."""
 
+import re
 from collections import Counter, defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -11,9 +13,10 @@ from torch import Tensor, nn
 from kvell.checkpoint.quantised import FLOATS, QuantisedFiles
 from kvell.checkpoint.reading import INDEX, SINGLE, TensorFiles, read_no_further
 from kvell.config import ModelConfig
-from kvell.errors import CheckpointError, InputError, naming, warn
+from kvell.errors import CheckpointError, ConfigError, InputError, naming, warn
 from kvell.families import FAMILIES, GENERATION, GenerationDefaults, Placement, Placements, locate, read_config
 from kvell.families.family import Family
+from kvell.families.keys import shown
 from kvell.files import read_json
 from kvell.layers.per_layer_embedding import MappedTable, stays_on_disk
 from kvell.model import Decoder
@@ -31,6 +34,7 @@ def from_pretrained(
     *,
     map_per_layer_table: bool | None = None,
     released_rounding: bool = False,
+    strict: bool = True,
 ) -> Decoder:
     """A model from a directory in Hugging Face layout, or from the hub.
 
@@ -39,17 +43,22 @@ def from_pretrained(
     into the wanted dtype. `map_per_layer_table` keeps the table of per-layer embeddings on disk whatever dtype and
     device the rest has: only rows of used tokens are read, results are identical, but the table cannot be trained;
     None does so on the CPU for a table of more than a quarter of the model. `released_rounding`
-    simulates the rounding of the released inference code (DeepSeek V4's FP8 rows and FP4 indexer). ConfigError or
-    CheckpointError, naming the tensor, for anything that does not fit exactly.
+    simulates the rounding of the released inference code (DeepSeek V4's FP8 rows and FP4 indexer). With `strict`
+    false keys of the config that Kvell does not know are left out with one warning. ConfigError or CheckpointError,
+    naming the key or the tensor, for anything that does not fit exactly.
     """
     device = available_device(device)
     dtype = known_dtype(dtype)
     folder = model_folder(path)
-    config = read_config(folder)
-    # A family's model that no longer fits the family is stored in Kvell's own form.
-    own_form = read_json(folder / "config.json").get("model_type") == "kvell"
+    config = read_config(folder, strict=strict)
+    released = read_json(folder / "config.json")
+    tensors = TensorFiles(folder)
+    with naming(folder / "config.json"):
+        check_counts(released, tensors)
+    # A family's model that no longer fits the family is stored in Kvell's own form, and so is a config by hand.
+    own_form = released.get("model_type", "kvell") == "kvell"
     family = None if own_form else FAMILIES[config.family or ""]
-    files = QuantisedFiles(TensorFiles(folder), family.scale_names if family else lambda name: ())
+    files = QuantisedFiles(tensors, family.scale_names if family else lambda name: ())
     if family:
         config = family.adapted(config, files.names())
     with naming(folder):
@@ -91,6 +100,30 @@ def model_folder(path: str | Path) -> Path:
     if not (folder / "config.json").is_file():
         raise CheckpointError(f"{folder} holds no model: there is no config.json in it")
     raise CheckpointError(f"{folder} holds no weights, neither {SINGLE} nor {INDEX}")
+
+
+# Within a tensor's name: the number of its layer, the number of its expert, and the end of all experts' in one.
+LAYER = re.compile(r"(?:^|\.)layers\.(\d+)\.")
+EXPERT = re.compile(r"\.(?:local_)?experts\.(\d+)\.")
+STACKED = re.compile(r"\.(?:experts|switch_mlp)\.[a-z_]+(?:\.weight)?$")
+
+
+def check_counts(values: Mapping[str, Any], files: TensorFiles) -> None:
+    """ConfigError if a released config has more layers or experts than there are tensors of. It is looked at before
+    anything is built, or so much as named, for all of them."""
+    family = next((one for one in FAMILIES.values() if values.get("model_type") in one.model_types), None)
+    text = values.get("text_config", values)
+    if family is None or not isinstance(text, Mapping):
+        return
+    names = files.names()
+    layers = len({found[1] for name in names if (found := LAYER.search(name))})
+    experts = len({found[1] for name in names if (found := EXPERT.search(name))})
+    if (stacked := next(filter(STACKED.search, names), None)) is not None and files.get(stacked).dim() == 3:
+        experts = max(experts, len(files.get(stacked)))
+    for key, stored in (("num_hidden_layers", layers), (family.experts, experts)):
+        given = text.get(key)
+        if stored and isinstance(given, int) and given > stored:
+            raise ConfigError(f"{family.name} config: {key} is {shown(given)}, and there are tensors of {stored}")
 
 
 def known_dtype(dtype: torch.dtype | str | None) -> torch.dtype | None:

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from kvell.cli import console
+from kvell.cli.options import LENIENT
 from kvell.errors import InputError, whole_number
 from kvell.hardware import peak_resident_bytes, set_threads
 
@@ -53,6 +54,7 @@ def bench(
     device: Annotated[str, typer.Option(help="The device to run on.")] = "cpu",
     threads: Annotated[int | None, typer.Option(help="CPU threads to compute with.")] = None,
     compiled: Annotated[bool, typer.Option("--compile", help="Compile the decoding step first.")] = False,
+    lenient: Annotated[bool, LENIENT] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")] = False,
 ) -> None:
     """Measure a model's prefill and decoding on this machine, its cache and its memory. The prompts are random."""
@@ -70,7 +72,7 @@ def bench(
         check_device(torch_device)
     directory = model_folder(model or bundled_model_path())
     start = perf_counter()
-    decoder = kvell.from_pretrained(directory, dtype=torch_dtype, device=torch_device)
+    decoder = kvell.from_pretrained(directory, dtype=torch_dtype, device=torch_device, strict=not lenient)
     report: dict[str, Any] = {
         "model": str(model or "the bundled model"),
         "parameters": decoder.num_parameters(),

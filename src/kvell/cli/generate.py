@@ -11,6 +11,7 @@ import typer
 
 from kvell.cli import console
 from kvell.cli.generation_report import GenerationReport
+from kvell.cli.options import LENIENT
 from kvell.cli.prompt import read_prompt
 from kvell.errors import InputError
 from kvell.hardware import set_threads
@@ -81,6 +82,7 @@ def generate(
             "to a minute the first time, seconds later.",
         ),
     ] = False,
+    lenient: Annotated[bool, LENIENT] = False,
     as_json: Annotated[
         bool, typer.Option("--json", help="Print one JSON object at the end instead of the text.")
     ] = False,
@@ -119,7 +121,11 @@ def generate(
     sampling = SamplingSettings(**kvell.GenerationDefaults.from_pretrained(directory).sampling() | given)
 
     decoder = kvell.from_pretrained(
-        directory, dtype=torch_dtype, device=torch_device, released_rounding=released_rounding
+        directory,
+        dtype=torch_dtype,
+        device=torch_device,
+        released_rounding=released_rounding,
+        strict=not lenient,
     )
     if compiled:
         with console.waiting("compiling the decoding step"):

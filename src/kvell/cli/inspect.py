@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from kvell.cli import console
+from kvell.cli.options import LENIENT
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -36,12 +37,13 @@ def inspect(
             help="A model's directory, its config.json, a YAML file, or a built-in name such as gemma-4-e2b."
         ),
     ],
+    lenient: Annotated[bool, LENIENT] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of tables.")] = False,
 ) -> None:
     """Show every layer of a model resolved, its parameters, and the streams its cache holds. Loads no weights."""
     from kvell.config import ModelConfig
 
-    description = describe(ModelConfig.from_pretrained(model))
+    description = describe(ModelConfig.from_pretrained(model, strict=not lenient))
     if as_json:
         print(json.dumps(description, indent=2))
         return

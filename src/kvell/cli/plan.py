@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 import typer
 
 from kvell.cli import console, plan_tables, sizes
+from kvell.cli.options import LENIENT
 from kvell.errors import InputError, whole_number
 from kvell.plan_changes import CHANGES, EVERY_CHANGE
 
@@ -136,6 +137,7 @@ def plan(
             help="Over a range of contexts the cache, or a decoded token's FLOPs; waterfall: what saves how much."
         ),
     ] = PlotOf.CACHE,
+    lenient: Annotated[bool, LENIENT] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of tables.")] = False,
     as_csv: Annotated[bool, typer.Option("--csv", help="Print CSV instead of tables.")] = False,
 ) -> None:
@@ -146,7 +148,7 @@ def plan(
     from kvell.planning.roofline import known_device, measured_device
 
     engine = Engine(block_tokens, _window_rows(window_rows), tensor_parallel)
-    configs = {name: known_config(name) for name in models}
+    configs = {name: known_config(name, strict=not lenient) for name in models}
     chosen = measured_device() if measure else known_device(device)
     lengths, batch_size = _fitting(configs, context, batch, memory, dtype, max_rewind, chosen)
     plans = [
@@ -156,7 +158,10 @@ def plan(
     ]
     other = None
     if against is not None:
-        other = make_plan(against, plans[0].context, batch_size, dtype, max_rewind=max_rewind, device=chosen)
+        config = known_config(against, strict=not lenient)
+        other = make_plan(
+            config, plans[0].context, batch_size, dtype, max_rewind=max_rewind, device=chosen, name=against
+        )
     if as_json:
         described = [one.to_dict() for one in [*plans, *([other] if other else [])]]
         print(json.dumps(described[0] if len(described) == 1 else described, indent=2))

@@ -13,6 +13,7 @@ from kvell.errors import CheckpointError, ConfigError, naming
 from kvell.families import deepseek_v4, gemma4, laguna, zaya
 from kvell.families.family import Family, Placement, Placements
 from kvell.families.generation_config import GENERATION, GenerationDefaults
+from kvell.families.keys import check_keys
 from kvell.files import read_json
 
 FAMILIES: dict[str, Family] = {
@@ -26,22 +27,25 @@ def builtin_names() -> list[str]:
     return sorted(entry.name.removesuffix(".json") for entry in folder.iterdir() if entry.name.endswith(".json"))
 
 
-def parse_config(values: Mapping[str, Any]) -> ModelConfig:
-    """A ModelConfig from the contents of a config.json, Kvell's own or a released family's."""
+def parse_config(values: Mapping[str, Any], *, strict: bool = True) -> ModelConfig:
+    """A ModelConfig from the contents of a config.json, Kvell's own or a released family's. ConfigError for keys of a
+    released config that are unknown; with `strict` false one warning. Of Kvell's own every key must be known."""
     model_type = values.get("model_type")
     if model_type == "kvell":
         # The dtype the weights are stored in stands in every config.json, and is no part of the description.
         return ModelConfig.from_dict({name: value for name, value in values.items() if name != "dtype"})
     for family in FAMILIES.values():
         if isinstance(model_type, str) and model_type in family.model_types:
+            check_keys(f"{family.name} config", values, family.keys(values), strict)
             return family.read_config(values)
     known = ["kvell", *(name for family in FAMILIES.values() for name in family.model_types)]
-    raise ConfigError(f"unknown model_type {model_type!r}, known are {', '.join(known)}")
+    what = f"unknown model_type {model_type!r}" if "model_type" in values else "model_type is missing"
+    raise ConfigError(f"{what}, known are {', '.join(known)}")
 
 
-def read_config(path: str | Path) -> ModelConfig:
+def read_config(path: str | Path, *, strict: bool = True) -> ModelConfig:
     """The config of a directory, a config.json, a YAML or JSON file written by hand (config_file.py), a built-in
-    name, or a repository on the hub."""
+    name, or a repository on the hub; `strict` as for parse_config."""
     if str(path) in builtin_names() and not Path(path).exists():
         text = (resources.files("kvell.families") / "configs" / f"{path}.json").read_text()
         return parse_config(json.loads(text))
@@ -53,7 +57,7 @@ def read_config(path: str | Path) -> ModelConfig:
     if "model_type" not in values and ("layers" in values or "model" in values):
         return read_config_file(file)
     with naming(file):
-        config = parse_config(values)
+        config = parse_config(values, strict=strict)
     return GenerationDefaults.read(file.with_name(GENERATION)).added_to(config)
 
 

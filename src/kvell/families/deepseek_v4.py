@@ -7,6 +7,7 @@ and FP4 with their scales, and under transformers' names.
 
 import re
 from collections.abc import Callable, Collection, Mapping
+from dataclasses import replace
 from typing import Any
 
 from kvell.config import LayerConfig, ModelConfig
@@ -15,12 +16,12 @@ from kvell.families.family import (
     Family,
     Placement,
     Placements,
-    Released,
     all_of_kind,
     released_ids,
-    token_ids,
 )
-from kvell.families.rotary import read_rotary
+from kvell.families.keys import COMMON_HARMLESS, COMMON_UNSUPPORTED, TRAINING, Keys, because, named
+from kvell.families.released import Released
+from kvell.families.rotary import read_rotary, rotary_keys
 from kvell.layers.compressed import Compressed
 from kvell.layers.experts import MixtureOfExperts
 from kvell.layers.hyper_connections import HyperConnections
@@ -33,164 +34,246 @@ RATIOS = {0: WINDOW, 4: CSA, 128: HCA}
 RATES = {CSA: 4, HCA: 128}
 SCORES = {"sqrtsoftplus": "sqrt_softplus", "sigmoid": "sigmoid"}
 RELEASED_SCORES = {ours: theirs for theirs, ours in SCORES.items()}
-YARN_KEYS = {"factor", "original_max_position_embeddings", "beta_fast", "beta_slow", "attention_factor"}
+SETS = ("main", "compress")
+
+
+def rotary_object_keys(values: Mapping[str, Any]) -> Keys:
+    """Of rope_parameters and rope_scaling: two sets by name, or the one of the layers that compress."""
+    if set(SETS) <= set(values):
+        stray = dict.fromkeys(set(values) & rotary_keys({"rope_type": "yarn"}).names(), "transformers drops it too")
+        return Keys(harmless=stray, objects=dict.fromkeys(SETS, rotary_keys))
+    keys = rotary_keys(values)
+    outside = because("those at the top count", "rope_theta partial_rotary_factor")
+    return replace(keys, used=keys.used - outside.keys(), harmless={**keys.harmless, **outside})
+
+
+QUANTISED = Keys(
+    harmless=because(
+        "every tensor is stored with its own dtype, beside its scales or without",
+        "scale_fmt expert_dtype modules_to_not_convert modules_to_convert ignored_layers",
+    )
+    | because(
+        "weights are unpacked as they are read, and activations are not quantised", "activation_scheme dequantize"
+    ),
+    unsupported={
+        "quant_method": (("fp8",), "known are DeepSeek's FP8, and FP4 for experts"),
+        "fmt": (("e4m3", None), "known is e4m3"),
+        "weight_block_size": (([128, 128],), "known are blocks of 128 x 128 with a scale each"),
+    },
+)
+KEYS = Keys(
+    used=named("""
+        model_type vocab_size hidden_size num_hidden_layers max_position_embeddings rms_norm_eps layer_types
+        compress_ratios compress_rates compress_rate_csa compress_rate_hca num_attention_heads head_dim
+        qk_rope_head_dim partial_rotary_factor q_lora_rank o_groups o_lora_rank sliding_window index_n_heads
+        index_head_dim index_topk rope_theta compress_rope_theta rope_scaling rope_parameters mlp_layer_types
+        num_hash_layers n_routed_experts num_experts_per_tok moe_intermediate_size routed_scaling_factor scoring_func
+        swiglu_limit hc_mult hc_sinkhorn_iters hc_eps num_nextn_predict_layers tie_word_embeddings initializer_range
+        bos_token_id eos_token_id pad_token_id
+        """),
+    harmless=COMMON_HARMLESS
+    | because(TRAINING, "aux_loss_alpha seq_aux")
+    | {"expert_dtype": "every tensor is stored with its own dtype"}
+    | because(
+        "of DSpark, a drafter that is left out with a warning",
+        """
+        dspark_block_size dspark_noise_token_id dspark_target_layer_ids dspark_markov_rank dspark_n_routed_experts
+        dspark_num_experts_per_tok
+        """,
+    ),
+    unsupported=COMMON_UNSUPPORTED
+    | {
+        "norm_topk_prob": ((True, None), "routing weights are always normalised"),
+        "attention_bias": ((False, None), "projections with biases are not built"),
+        "mlp_bias": ((False, None), "projections with biases are not built"),
+        "num_key_value_heads": ((1, None), "all heads share one vector of keys and values"),
+        "hidden_act": (("silu", None), "the experts' gates are silu"),
+        "n_shared_experts": ((1, None), "there is one shared expert"),
+        "topk_method": (("noaux_tc", None), "experts are chosen by score and bias"),
+        "n_group": ((1, None), "experts are chosen among all, not by groups"),
+        "topk_group": ((1, None), "experts are chosen among all, not by groups"),
+        "first_k_dense_replace": ((0, None), "every layer has experts"),
+        "moe_layer_freq": ((1, None), "every layer has experts"),
+    },
+    objects={
+        "rope_scaling": rotary_object_keys,
+        "rope_parameters": rotary_object_keys,
+        "compress_rates": Keys(used=frozenset(RATES)),
+        "quantization_config": QUANTISED,
+    },
+)
+# What the keys are called in a ModelConfig.
+NAMES = {
+    "num_heads": "num_attention_heads",
+    "output_groups": "o_groups",
+    "rotary_width": "qk_rope_head_dim",
+    "indexer.head_dim": "index_head_dim",
+    "top_k": "num_experts_per_tok",
+    "num_experts": "n_routed_experts",
+}
 
 
 def read_config(values: Mapping[str, Any]) -> ModelConfig:
     text = Released("deepseek_v4", values)
-    text.refuse("norm_topk_prob", (None, True), "routing weights are always normalised")
-    text.refuse("attention_bias", (None, False), "projections with biases are not built")
-    text.refuse("mlp_bias", (None, False), "projections with biases are not built")
-    text.refuse("num_key_value_heads", (None, 1), "all heads share one vector of keys and values")
-    text.refuse("hidden_act", (None, "silu"), "the experts' gates are silu")
-    text.refuse("n_shared_experts", (None, 1), "there is one shared expert")
-    layers = text.integer("num_hidden_layers")
+    layers = text.layers(default=43)
     types = _layer_types(text, layers)
     rates = _rates(text)
     hashed = _hashed(text, layers)
-    rotary_width = _rotary_width(text)
-    main, compress = _rotaries(text)
-    score = text.choice("scoring_func", text.get("scoring_func", "sqrtsoftplus"), SCORES)
+    main, compress, rotary_width = _rotaries(text)
+    score = text.choice("scoring_func", "sqrtsoftplus", SCORES)
 
     def attention(kind: str) -> dict[str, Any]:
         compressor = None if kind == WINDOW else {"ratio": rates[kind], "overlap": kind == CSA}
         indexer = {
-            "num_heads": text.get("index_n_heads", 64),
-            "head_dim": text.get("index_head_dim", 128),
-            "top_k": text.get("index_topk", 512),
+            "num_heads": text.integer("index_n_heads", 64),
+            "head_dim": text.integer("index_head_dim", 128),
+            "top_k": text.integer("index_topk", 512),
         }
         return {
             "kind": "compressed",
-            "num_heads": text.get("num_attention_heads", 64),
-            "head_dim": text.get("head_dim", 512),
-            "sliding_window": text.get("sliding_window", 128),
+            "num_heads": text.integer("num_attention_heads", 64),
+            "head_dim": text.integer("head_dim", 512),
+            "sliding_window": text.integer("sliding_window", 128),
             "rotary": main if kind == WINDOW else compress,
             "rotary_width": rotary_width,
-            "query_rank": text.get("q_lora_rank", 1024),
-            "output_groups": text.get("o_groups", 8),
-            "output_rank": text.get("o_lora_rank", 1024),
+            "query_rank": text.integer("q_lora_rank", 1024),
+            "output_groups": text.integer("o_groups", 8),
+            "output_rank": text.integer("o_lora_rank", 1024),
             "compressor": compressor,
             "indexer": indexer if kind == CSA else None,
         }
 
     def feed_forward(by_hash: bool) -> dict[str, Any]:
-        width = text.get("moe_intermediate_size", 2048)
+        width = text.integer("moe_intermediate_size", 2048)
         return {
             "kind": "mixture_of_experts",
-            "num_experts": text.get("n_routed_experts", 256),
-            "top_k": text.get("num_experts_per_tok", 6),
+            "num_experts": text.experts("n_routed_experts", 256),
+            "top_k": text.integer("num_experts_per_tok", 6),
             "intermediate_size": width,
             "shared_intermediate_size": width,
             "router": {"kind": "hash", "score": score} if by_hash else {"kind": score},
-            "routed_scale": text.get("routed_scaling_factor", 1.5),
-            "limit": text.get("swiglu_limit", 10.0),
+            "routed_scale": text.number("routed_scaling_factor", 1.5, above=None),
+            # Null is no limit, though the class has one where nothing is said.
+            "limit": text.number("swiglu_limit", 10.0, null=None),
         }
 
     def layer(kind: str, by_hash: bool) -> dict[str, Any]:
         return {"attention": attention(kind), "feed_forward": feed_forward(by_hash)}
 
-    return ModelConfig.from_dict(
+    return text.build(
         {
             "family": "deepseek_v4",
-            "vocab_size": text.get("vocab_size", 129280),
-            "hidden_size": text.get("hidden_size", 4096),
-            "max_positions": text.get("max_position_embeddings", 1048576),
-            "norm_eps": text.get("rms_norm_eps", 1e-6),
+            "vocab_size": text.tokens("vocab_size", 129280),
+            "hidden_size": text.integer("hidden_size", 4096),
+            "max_positions": text.tokens("max_position_embeddings", 1048576),
+            "norm_eps": text.number("rms_norm_eps", 1e-6),
             "connection": {
                 "kind": "hyper",
-                "streams": text.get("hc_mult", 4),
-                "iterations": text.get("hc_sinkhorn_iters", 20),
-                "eps": text.get("hc_eps", 1e-6),
+                "streams": text.integer("hc_mult", 4),
+                "iterations": text.integer("hc_sinkhorn_iters", 20),
+                "eps": text.number("hc_eps", 1e-6),
             },
             "tied_head": text.flag("tie_word_embeddings", False),
-            "initializer_range": text.get("initializer_range", 0.02),
-            "bos_token_id": text.get("bos_token_id", None),
-            "eos_token_ids": token_ids(text.get("eos_token_id", None)),
-            "pad_token_id": text.get("pad_token_id", None),
+            "initializer_range": text.number("initializer_range", 0.02),
+            "bos_token_id": text.token_id("bos_token_id", 0),
+            "eos_token_ids": text.token_ids("eos_token_id", 1),
+            "pad_token_id": text.token_id("pad_token_id", None),
             "layers": [layer(kind, by_hash) for kind, by_hash in zip(types, hashed, strict=True)],
             "draft": {"layer": layer(WINDOW, False)} if _predicts_multiple(text, layers) else None,
         },
-        "deepseek_v4 config",
+        NAMES,
     )
 
 
 def _layer_types(text: Released, layers: int) -> list[str]:
-    """By name, or by compression ratios, of which the draft blocks' stand at the end."""
-    if text.get("layer_types", None) is not None or "compress_ratios" not in text.values:
-        return [text.choice("layer_types", kind, TYPES) for kind in text.per_layer("layer_types", [])]
-    ratios = text.get("compress_ratios")
-    if not isinstance(ratios, list) or len(ratios) < layers:
-        found = f"has {len(ratios)} entries" if isinstance(ratios, list) else f"is {ratios!r}"
-        raise ConfigError(f"deepseek_v4 config: compress_ratios {found} for {layers} layers")
-    return [text.choice("compress_ratios", ratio, RATIOS) for ratio in ratios[:layers]]
+    """By name, or by compression ratios, of which the draft blocks' stand at the end; else Pro's."""
+    ratios = text.values.get("compress_ratios")
+    if ratios is None:
+        pro = [HCA, HCA, *([HCA, CSA] * layers)]
+        return [
+            text.meaning("layer_types", kind, TYPES) for kind in text.per_layer("layer_types", layers, pro[:layers])
+        ]
+    if not isinstance(ratios, list):
+        raise text.wrong("compress_ratios", ratios, "a list")
+    if len(ratios) < layers:
+        raise text.error(f"compress_ratios has {len(ratios)} entries for {layers} layers (num_hidden_layers)")
+    by_ratio = [text.meaning("compress_ratios", ratio, RATIOS) for ratio in ratios[:layers]]
+    named = [text.meaning("layer_types", kind, TYPES) for kind in text.per_layer("layer_types", layers, by_ratio)]
+    if named != by_ratio:
+        raise text.error("layer_types and compress_ratios say different things")
+    return named
 
 
 def _rates(text: Released) -> dict[str, Any]:
-    """Tokens per entry, by layer type; older files give each its own field."""
-    older = {CSA: text.get("compress_rate_csa", None), HCA: text.get("compress_rate_hca", None)}
-    given = text.mapping("compress_rates", {})
-    for kind in given:
-        text.choice("compress_rates", kind, {CSA: CSA, HCA: HCA})
-    return {**RATES, **given, **{kind: rate for kind, rate in older.items() if rate is not None}}
+    """Tokens per entry, by layer type; older files give each its own key."""
+    rates = text.within("compress_rates", text.mapping("compress_rates", {}, null={}))
+    given = {kind: rates.integer(kind, rate, least=2) for kind, rate in RATES.items()}
+    older = {CSA: "compress_rate_csa", HCA: "compress_rate_hca"}
+    return {kind: text.integer(older[kind], rate, least=2, null=rate) for kind, rate in given.items()}
 
 
 def _predicts_multiple(text: Released, layers: int) -> bool:
     """Whether the file has the preview releases' one block of multi-token prediction. Where there are more blocks,
     they are another drafter's (DSpark's, in Flash-0731)."""
-    ratios = text.get("compress_ratios", None)
+    ratios = text.values.get("compress_ratios")
     blocks = len(ratios) - layers if isinstance(ratios, list) else 1
-    return text.integer("num_nextn_predict_layers", 1, minimum=0) == 1 and blocks == 1
+    return text.integer("num_nextn_predict_layers", 1, least=0) == 1 and blocks == 1
 
 
 def _hashed(text: Released, layers: int) -> list[bool]:
     """Which layers' experts are chosen by token id."""
-    if text.get("mlp_layer_types", None) is not None:
-        types = text.per_layer("mlp_layer_types", [])
-        return [text.choice("mlp_layer_types", kind, {"hash_moe": True, "moe": False}) for kind in types]
-    first = text.integer("num_hash_layers", 3, minimum=0)
+    if text.has("mlp_layer_types"):
+        types = text.per_layer("mlp_layer_types", layers, [])
+        return [text.meaning("mlp_layer_types", kind, {"hash_moe": True, "moe": False}) for kind in types]
+    first = text.integer("num_hash_layers", 3, least=0, null=3)
     return [index < first for index in range(layers)]
 
 
-def _rotary_width(text: Released) -> int:
-    head_dim = text.integer("head_dim", 512)
-    if text.get("qk_rope_head_dim", None) is not None:
-        return text.integer("qk_rope_head_dim")
-    fraction = text.get("partial_rotary_factor", 64 / 512)
-    if not isinstance(fraction, int | float):
-        raise ConfigError(f"deepseek_v4 config: partial_rotary_factor is {fraction!r}, wanted is a number")
-    return int(head_dim * fraction)
+def _rotaries(text: Released) -> tuple[dict[str, Any], dict[str, Any], int]:
+    """The settings of layers with a window only, and of those that compress; and how many channels of a head turn.
 
-
-def _rotaries(text: Released) -> tuple[dict[str, Any], dict[str, Any]]:
-    """The settings of layers with a window only, and of those that compress.
-
-    The width that turns is said elsewhere. YaRN's attention factor is 1: the paper's default is not applied.
+    YaRN's attention factor is 1 unless stated: the paper's default is not applied.
     """
-    nested = text.get("rope_parameters", {})
-    if isinstance(nested, Mapping) and "main" in nested and "compress" in nested:
-        both = [
-            dict(nested[name]) if isinstance(nested[name], Mapping) else nested[name] for name in ("main", "compress")
-        ]
+    scaling = "rope_scaling" if text.has("rope_scaling") else "rope_parameters"
+    given = text.within(scaling, text.mapping(scaling, {}, null={}))
+    if scaling == "rope_scaling" and set(SETS) & set(text.values.get("rope_parameters") or {}):
+        raise text.error("rope_scaling and rope_parameters both say how the layers that compress turn")
+    if set(SETS) <= set(given.values):
+        both = [given.within(name) for name in SETS]
+        stated = [one for one in both if one.has("partial_rotary_factor")]
+        width = _rotary_width(text, {one.path: one.number("partial_rotary_factor", most=1) for one in stated})
+        thetas: list[dict[str, Any]] = [{}, {}]
     else:
-        scaling = text.get("rope_scaling", nested)
-        if not isinstance(scaling, Mapping):
-            raise ConfigError(f"deepseek_v4 config: rope_scaling is {scaling!r}, wanted is an object")
-        kind = scaling.get("rope_type", scaling.get("type", "default"))
-        yarn = {key: value for key, value in scaling.items() if key in YARN_KEYS}
-        main = {"rope_type": "default", "rope_theta": text.get("rope_theta", 10000.0)}
-        compress = {"rope_type": kind, "rope_theta": text.get("compress_rope_theta", 160000.0), **yarn}
-        both = [main, compress]
-    for released in both:
-        if isinstance(released, dict):
-            released.pop("partial_rotary_factor", None)
-            released.setdefault("rope_type", released.pop("type", "default"))  # transformers saves both
-            if released.get("rope_type") == "yarn":
-                released.setdefault("attention_factor", 1.0)
+        both = [Released(text.family, {}, given.path), given]
+        width = _rotary_width(text, {})
+        names = {"rope_theta": 10000.0, "compress_rope_theta": 160000.0}
+        thetas = [{"theta": text.number(name, theta, above=1)} for name, theta in names.items()]
+    # How many channels turn is said by the width alone.
     main, compress = (
-        read_rotary(released, f"deepseek_v4 config: rope_parameters.{name}")
-        for name, released in zip(("main", "compress"), both, strict=True)
+        read_rotary(one, attention_factor=1.0, **theta) | {"fraction": 1.0} | theta
+        for one, theta in zip(both, thetas, strict=True)
     )
-    return main, compress
+    for one, rotary in zip(both, (main, compress), strict=True):
+        if rotary["kind"] == "proportional":
+            raise one.error(f"{one.path}rope_type is 'proportional', known are default, yarn")
+    return main, compress, width
+
+
+def _rotary_width(text: Released, fractions: Mapping[str, float]) -> int:
+    """As stated in channels, or as a share of the head; `fractions` are those within the sets, which must agree."""
+    head_dim = text.integer("head_dim", 512)
+    name = "qk_rope_head_dim" if text.has("qk_rope_head_dim") else "partial_rotary_factor"
+    if text.has("qk_rope_head_dim"):
+        width = int(text.integer(name))
+    else:
+        inner = next(iter(fractions.values()), 64 / 512)
+        width = int(head_dim * text.number(name, inner, most=1, null=inner))
+    if width < 2 or width % 2:
+        raise text.error(f"{name} turns {width} channels of a head: not pairs")
+    for path, fraction in fractions.items():
+        if int(head_dim * fraction) != width:
+            raise text.error(f"{path}partial_rotary_factor turns {int(head_dim * fraction)} channels, {name} {width}")
+    return width
 
 
 def write_config(config: ModelConfig) -> dict[str, Any]:
@@ -440,9 +523,11 @@ DRAFTER = "a drafter that is not multi-token prediction"
 FAMILY = Family(
     name="deepseek_v4",
     model_types=("deepseek_v4",),
+    keys=lambda values: KEYS,
     read_config=read_config,
     write_config=write_config,
     placements=placements,
+    experts="n_routed_experts",
     alternatives=lambda config: [single_experts(config)],
     spelling=spelling,
     adapted=without_missing,

@@ -1,11 +1,13 @@
 """Gemma 4's text decoder (E2B, E4B and their relatives): released config and tensor names, both ways.
 
 Released files are multimodal (`model_type` gemma4, the decoder under `text_config`); text-only ones say gemma4_text.
-Of the towers' tensors nothing is read.
+Of the towers' tensors nothing is read. The 12B calls itself gemma4_unified: its decoder is the same, without
+per-layer embeddings and experts.
 """
 
 import re
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
 from kvell.config import LayerConfig, ModelConfig
@@ -17,12 +19,12 @@ from kvell.families.family import (
     Family,
     Placement,
     Placements,
-    Released,
     all_of_kind,
     released_ids,
-    token_ids,
 )
-from kvell.families.rotary import read_rotary, write_rotary
+from kvell.families.keys import COMMON_HARMLESS, COMMON_UNSUPPORTED, Keys, because, named
+from kvell.families.released import Released
+from kvell.families.rotary import read_rotary, rotary_keys, rotary_sets, write_rotary
 from kvell.layers.experts import DenseBesideExperts
 from kvell.layers.feed_forward import GatedMLP
 from kvell.layers.grouped_query import GroupedQuery
@@ -32,51 +34,141 @@ DEFAULT_ROPE = {
     "full_attention": {"rope_type": "proportional", "partial_rotary_factor": 0.25, "rope_theta": 1_000_000.0},
 }
 
+UNIFIED = ("gemma4_unified", "gemma4_unified_text")
+OTHER_MODALITIES = "of images and sound, for which no towers are built"
+
+
+def text_rotary_keys(values: Mapping[str, Any]) -> Keys:
+    """A set's keys: a default one turns whole heads, whatever else it says."""
+    keys = rotary_keys(values)
+    if values.get("rope_type", values.get("type", "default")) != "default":
+        return keys
+    whole = {"partial_rotary_factor": ((1,), "with the rope_type default all of a head turns")}
+    return replace(keys, used=keys.used - whole.keys(), unsupported={**keys.unsupported, **whole})
+
+
+def layer_keys(values: Mapping[str, Any]) -> Keys:
+    """Of `per_layer_config`: what differs in a layer, by the layer's number."""
+    alike = dict.fromkeys(TEXT - OWN, ((), "it cannot differ by layer"))
+    return Keys(objects=dict.fromkeys(values, Keys(used=OWN, unsupported=alike)))
+
+
+OWN = frozenset({"head_dim", "num_key_value_heads"})
+TEXT = named("""
+    model_type vocab_size hidden_size intermediate_size num_hidden_layers max_position_embeddings rms_norm_eps
+    layer_types num_attention_heads num_key_value_heads head_dim global_head_dim num_global_key_value_heads
+    per_layer_config attention_k_eq_v attention_bias sliding_window num_kv_shared_layers rope_parameters rope_theta
+    partial_rotary_factor hidden_activation use_double_wide_mlp enable_moe_block num_experts top_k_experts
+    moe_intermediate_size hidden_size_per_layer_input vocab_size_per_layer_input final_logit_softcapping
+    tie_word_embeddings initializer_range bos_token_id eos_token_id pad_token_id
+    """)
+TEXT_KEYS = Keys(
+    used=TEXT,
+    harmless=COMMON_HARMLESS
+    | {"sliding_window_pattern": "layer_types names the type of every layer, and by default every sixth is full"},
+    unsupported=COMMON_UNSUPPORTED
+    | {
+        "use_bidirectional_attention": ((None, False, "vision"), "only causal attention is built"),
+        "attn_logit_softcapping": ((None,), "scores of attention are not capped"),
+        "rope_scaling": ((None,), "rope_parameters, by layer type, are wanted instead"),
+        "quantization_config": ((None,), "quantised Gemma 4 files cannot be read"),
+    },
+    objects={
+        "rope_parameters": rotary_sets("sliding_attention", "full_attention", set_keys=text_rotary_keys),
+        "per_layer_config": layer_keys,
+    },
+)
+OUTER_KEYS = Keys(
+    used=named("model_type tie_word_embeddings bos_token_id eos_token_id pad_token_id"),
+    harmless=COMMON_HARMLESS
+    | because(
+        OTHER_MODALITIES,
+        """
+        vision_config audio_config image_token_id video_token_id audio_token_id boi_token_id eoi_token_id boa_token_id
+        eoa_token_id eoa_token_index vision_soft_tokens_per_image audio_soft_tokens_per_image audio_ms_per_token
+        """,
+    )
+    | {"initializer_range": "of the decoder it stands in text_config"},
+    unsupported=COMMON_UNSUPPORTED | {"quantization_config": TEXT_KEYS.unsupported["quantization_config"]},
+    objects={"text_config": TEXT_KEYS},
+)
+# What the keys are called in a ModelConfig.
+NAMES = {
+    "num_heads": "num_attention_heads",
+    "num_kv_heads": "num_key_value_heads",
+    "top_k": "top_k_experts",
+    "rotary.fraction": "partial_rotary_factor",
+}
+
+
+def keys(values: Mapping[str, Any]) -> Keys:
+    return OUTER_KEYS if is_multimodal(values) else TEXT_KEYS
+
+
+def is_multimodal(values: Mapping[str, Any]) -> bool:
+    """Whether the decoder's config stands within the file's; some files have it at the top, and no towers."""
+    text_alone = str(values.get("model_type")).endswith("_text") or "num_hidden_layers" in values
+    return "text_config" in values or not text_alone
+
 
 def read_config(values: Mapping[str, Any]) -> ModelConfig:
-    text = Released("gemma4", values.get("text_config") or values)
-    text.refuse("use_bidirectional_attention", (None, False, "vision"), "only causal attention is built")
-    layers = text.integer("num_hidden_layers")
+    outer = Released("gemma4", values)
+    text = outer.within("text_config", outer.mapping("text_config", null={})) if is_multimodal(values) else outer
+    unified = values.get("model_type") in UNIFIED
+    layers = text.layers(default=30)
     types = text.per_layer(
-        "layer_types", ["full_attention" if i % 6 == 5 else "sliding_attention" for i in range(layers)]
+        "layer_types", layers, ["full_attention" if i % 6 == 5 else "sliding_attention" for i in range(layers)]
     )
     types[-1] = "full_attention"  # always, whatever the file says
-    full = [text.choice("layer_types", name, KINDS) == "full" for name in types]
-    first_shared = layers - text.integer("num_kv_shared_layers", 0, minimum=0)
+    full = [text.meaning("layer_types", name, KINDS) == "full" for name in types]
+    first_shared = layers - text.integer("num_kv_shared_layers", 0, least=0)
     sources = _sources(types, first_shared)
-    activation = text.choice(
-        "hidden_activation", text.get("hidden_activation", "gelu_pytorch_tanh"), ACTIVATION_NAMES
-    )
-    hidden, vocab_size = text.integer("hidden_size"), text.integer("vocab_size")
+    rotaries = {name: _read_rotary(text, name) for name in set(types)}
+    owns = _own_configs(text, layers)
+    activation = text.choice("hidden_activation", "gelu_pytorch_tanh", ACTIVATION_NAMES)
+    hidden, vocab_size = text.integer("hidden_size", 2304), text.tokens("vocab_size", 262144)
     beside = text.flag("enable_moe_block", False)
-    return ModelConfig.from_dict(
+
+    def found(name: str) -> Released:
+        """Where an id stands: with the decoder, else outside."""
+        return outer if name in values and name not in text.values else text
+
+    def layer(index: int) -> dict[str, Any]:
+        attention = _read_attention(text, owns[index] if owns else None, full[index], 1024 if unified else 512)
+        return {
+            "attention": attention | {"rotary": rotaries[types[index]], "kv_source": sources[index]},
+            "feed_forward": _read_feed_forward(text, activation, beside, shared=index >= first_shared),
+            "attention_norm": "sandwich",
+            "feed_forward_norm": "post" if beside else "sandwich",
+            "layer_scalar": True,
+        }
+
+    ends = outer if outer.has("eos_token_id") else text
+    return text.build(
         {
             "family": "gemma4",
             "vocab_size": vocab_size,
             "hidden_size": hidden,
-            "max_positions": text.get("max_position_embeddings", 131072),
-            "norm_eps": text.get("rms_norm_eps", 1e-6),
+            "max_positions": text.tokens("max_position_embeddings", 262144 if unified else 131072),
+            "norm_eps": text.number("rms_norm_eps", 1e-6),
             "embedding_scale": hidden**0.5,
-            "per_layer_embedding": _read_per_layer_embedding(text, activation, vocab_size),
-            "tied_head": Released("gemma4", values).flag("tie_word_embeddings", True),
-            "logit_softcap": text.get("final_logit_softcapping", None),
-            "initializer_range": text.get("initializer_range", 0.02),
-            "bos_token_id": text.get("bos_token_id", values.get("bos_token_id")),
-            "eos_token_ids": token_ids(values.get("eos_token_id") or text.get("eos_token_id", None)),
-            "pad_token_id": text.get("pad_token_id", values.get("pad_token_id")),
-            "layers": [
-                {
-                    "attention": _read_attention(text, index, types[index], full[index], sources[index]),
-                    "feed_forward": _read_feed_forward(text, activation, beside, shared=index >= first_shared),
-                    "attention_norm": "sandwich",
-                    "feed_forward_norm": "post" if beside else "sandwich",
-                    "layer_scalar": True,
-                }
-                for index in range(layers)
-            ],
+            "per_layer_embedding": _read_per_layer_embedding(text, activation, vocab_size, 0 if unified else 256),
+            "tied_head": _tied_head(outer, text),
+            "logit_softcap": text.number("final_logit_softcapping", None, null=None),
+            "initializer_range": text.number("initializer_range", 0.02),
+            "bos_token_id": found("bos_token_id").token_id("bos_token_id", 2),
+            "eos_token_ids": ends.token_ids("eos_token_id", 1),
+            "pad_token_id": found("pad_token_id").token_id("pad_token_id", 0),
+            "layers": [layer(index) for index in range(layers)],
         },
-        "gemma4 config",
+        NAMES,
     )
+
+
+def _tied_head(outer: Released, text: Released) -> bool:
+    """As the outer config has it, whose model has the head. The decoder's own says nothing, but must be a flag."""
+    text.flag("tie_word_embeddings", True)
+    return outer.flag("tie_word_embeddings", True)
 
 
 def _sources(types: list[str], first_shared: int) -> list[int | None]:
@@ -87,43 +179,53 @@ def _sources(types: list[str], first_shared: int) -> list[int | None]:
     for index, name in enumerate(types):
         if index >= first_shared and name not in last:
             raise ConfigError(
-                f"gemma4 config: layer {index} shares the keys of a {name} layer, but none of the first"
-                f" {first_shared} layers is one"
+                f"gemma4 config: num_kv_shared_layers and layer_types: layer {index} shares the keys of a {name}"
+                f" layer, but none of the first {first_shared} layers is one"
             )
     return [None if index < first_shared else last[name] for index, name in enumerate(types)]
 
 
-def _read_per_layer_embedding(text: Released, activation: str, vocab_size: int) -> dict[str, Any] | None:
-    width = text.values.get("hidden_size_per_layer_input", 256)
+def _read_per_layer_embedding(
+    text: Released, activation: str, vocab_size: int, default: int
+) -> dict[str, Any] | None:
+    width = text.integer("hidden_size_per_layer_input", default, least=0, null=0)
     if not width:
         return None
-    if text.get("vocab_size_per_layer_input", vocab_size) != vocab_size:
-        raise ConfigError("gemma4 config: vocab_size_per_layer_input differs from vocab_size")
-    return {"width": width, "activation": activation}
+    rows = text.tokens("vocab_size_per_layer_input", 262144)
+    table = {} if rows == vocab_size else {"vocab_size": rows}
+    return {"width": width, "activation": activation, **table}
 
 
-def _read_attention(text: Released, index: int, name: str, full: bool, source: int | None) -> dict[str, Any]:
+def _read_rotary(text: Released, name: str) -> dict[str, Any]:
+    """Of a layer type: its own set, what stands at the top where that has none; a default one turns whole heads."""
+    if text.has("rope_theta") and not text.has("rope_parameters"):
+        raise text.error("rope_theta stands alone: rope_parameters, by layer type, are wanted instead")
+    sets = text.within("rope_parameters", text.mapping("rope_parameters", DEFAULT_ROPE, null=DEFAULT_ROPE))
+    own = sets.within(name)
+    fraction = text.number("partial_rotary_factor", 1.0, most=1, null=1.0)
+    theta = {"theta": text.number("rope_theta", above=1)} if text.has("rope_theta") else {}
+    rotary = read_rotary(own, fraction=fraction, **theta)
+    return rotary | {"fraction": 1.0} if rotary["kind"] == "default" else rotary
+
+
+def _read_attention(text: Released, own: Released | None, full: bool, window: int) -> dict[str, Any]:
+    """But for what turns it and whose keys it reads. `own` is what differs in the layer, `window` the default."""
     one_projection = text.flag("attention_k_eq_v", False) and full
-    kv_heads, head_dim = text.get("num_key_value_heads"), text.get("head_dim")
-    if text.get("per_layer_config", None) is not None:
-        own = _own_config(text, index)
-        if unknown := set(own) - {"head_dim", "num_key_value_heads"}:
-            raise ConfigError(f"gemma4 config: per_layer_config.{index}: {min(unknown)} cannot differ by layer")
-        head_dim, kv_heads = own.get("head_dim", head_dim), own.get("num_key_value_heads", kv_heads)
+    kv_heads, head_dim = text.integer("num_key_value_heads", 4), _head_dim(text, text.integer("head_dim", 256))
+    if own is not None:
+        head_dim = _head_dim(own, own.integer("head_dim", head_dim))
+        kv_heads = own.integer("num_key_value_heads", kv_heads)
     elif full:
-        head_dim = text.get("global_head_dim", 512)
-        kv_heads = text.get("num_global_key_value_heads", kv_heads) if one_projection else kv_heads
-    rope = text.rope_parameters(DEFAULT_ROPE)
-    if name not in rope:
-        raise ConfigError(f"gemma4 config: rope_parameters has no {name}")
+        head_dim = _head_dim(text, text.integer("global_head_dim", 512), "global_head_dim")
+        of_full = text.integer("num_global_key_value_heads", kv_heads, null=kv_heads)
+        kv_heads = of_full if one_projection else kv_heads
+    sliding = text.integer("sliding_window", window)
     return {
         "kind": "grouped_query",
-        "num_heads": text.get("num_attention_heads"),
+        "num_heads": text.integer("num_attention_heads", 8),
         "num_kv_heads": kv_heads,
         "head_dim": head_dim,
-        "sliding_window": None if full else text.get("sliding_window"),
-        "rotary": read_rotary(rope[name], f"gemma4 config: rope_parameters.{name}"),
-        "kv_source": source,
+        "sliding_window": None if full else sliding,
         "value_norm": True,
         "value_from_key": one_projection,
         "bias": text.flag("attention_bias", False),
@@ -131,26 +233,36 @@ def _read_attention(text: Released, index: int, name: str, full: bool, source: i
     }
 
 
-def _own_config(text: Released, index: int) -> Mapping[str, Any]:
-    """What differs in one layer. Re-saved files pad the layers' numbers with zeros: "05"."""
-    by_layer = {key.lstrip("0") or "0": value for key, value in text.mapping("per_layer_config").items()}
-    if unknown := set(by_layer) - {str(number) for number in range(text.integer("num_hidden_layers"))}:
-        raise ConfigError(f"gemma4 config: per_layer_config has a layer {min(unknown)}, which there is not")
-    own = by_layer.get(str(index), {})
-    if not isinstance(own, Mapping):
-        raise ConfigError(f"gemma4 config: per_layer_config.{index} is {own!r}, wanted is an object")
-    return own
+def _head_dim(text: Released, width: int, name: str = "head_dim") -> int:
+    if width % 2:
+        raise text.wrong(name, width, "an even number")
+    return width
+
+
+def _own_configs(text: Released, layers: int) -> list[Released] | None:
+    """What differs in each layer, where a file says so. Re-saved files pad the layers' numbers with zeros: "05"."""
+    if not text.has("per_layer_config"):
+        return None
+    given = text.within("per_layer_config")
+    by_layer = {name.lstrip("0") or "0": given.within(name) for name in given.values}
+    if unknown := by_layer.keys() - {str(number) for number in range(layers)}:
+        raise text.error(f"per_layer_config has a layer {min(unknown)}, which there is not")
+    return [by_layer.get(str(index)) or given.within(str(index), {}) for index in range(layers)]
 
 
 def _read_feed_forward(text: Released, activation: str, beside: bool, *, shared: bool) -> dict[str, Any]:
-    width = text.integer("intermediate_size") * (2 if shared and text.flag("use_double_wide_mlp", False) else 1)
+    wide = text.flag("use_double_wide_mlp", False) and shared
+    width = text.integer("intermediate_size", 9216) * (2 if wide else 1)
     dense = {"kind": "gated_mlp", "intermediate_size": width, "activation": activation}
     if not beside:
         return dense
+    for name in ("num_experts", "top_k_experts", "moe_intermediate_size"):
+        if not text.has(name):
+            raise text.error(f"{name} is missing or null, and enable_moe_block is true")
     mixture = {
-        "num_experts": text.get("num_experts"),
-        "top_k": text.get("top_k_experts"),
-        "intermediate_size": text.get("moe_intermediate_size"),
+        "num_experts": text.experts("num_experts"),
+        "top_k": text.integer("top_k_experts"),
+        "intermediate_size": text.integer("moe_intermediate_size"),
         "router": {"kind": "softmax"},
         "activation": activation,
     }
@@ -176,7 +288,7 @@ def write_config(config: ModelConfig) -> dict[str, Any]:
         "architectures": ["Gemma4ForCausalLM"],
         "model_type": "gemma4_text",
         "vocab_size": config.vocab_size,
-        "vocab_size_per_layer_input": config.vocab_size,
+        "vocab_size_per_layer_input": (ple and ple.vocab_size) or config.vocab_size,
         "hidden_size": config.hidden_size,
         "hidden_size_per_layer_input": ple.width if ple else 0,
         "hidden_activation": RELEASED_ACTIVATIONS[dense.activation],
@@ -275,7 +387,11 @@ def canonical(name: str) -> str:
 
 
 def _tower(name: str, config: ModelConfig) -> bool:
-    return bool(re.match(r"^(model\.)?(vision_tower|audio_tower|embed_vision|embed_audio)\.", name))
+    return bool(
+        re.match(
+            r"^(model\.)?(vision_tower|audio_tower|vision_embedder|audio_embedder|embed_vision|embed_audio)\.", name
+        )
+    )
 
 
 def _dead_keys(name: str, config: ModelConfig) -> bool:
@@ -287,7 +403,8 @@ def _dead_keys(name: str, config: ModelConfig) -> bool:
 
 FAMILY = Family(
     name="gemma4",
-    model_types=("gemma4", "gemma4_text"),
+    model_types=("gemma4", "gemma4_text", *UNIFIED),
+    keys=keys,
     read_config=read_config,
     write_config=write_config,
     placements=placements,

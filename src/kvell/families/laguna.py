@@ -6,7 +6,6 @@ from dataclasses import replace
 from typing import Any
 
 from kvell.config import LayerConfig, ModelConfig
-from kvell.errors import ConfigError
 from kvell.families.family import (
     ACTIVATION_NAMES,
     KINDS,
@@ -14,97 +13,179 @@ from kvell.families.family import (
     Family,
     Placement,
     Placements,
-    Released,
     all_of_kind,
     released_ids,
-    token_ids,
 )
-from kvell.families.rotary import read_rotary, write_rotary
+from kvell.families.keys import COMMON_HARMLESS, COMMON_UNSUPPORTED, Keys, named, shown
+from kvell.families.released import Released
+from kvell.families.rotary import read_rotary, rotary_sets, write_rotary
 from kvell.layers.experts import MixtureOfExperts
 from kvell.layers.feed_forward import GatedMLP
 from kvell.layers.grouped_query import GroupedQuery
-from kvell.layers.routers import SigmoidRouter
+from kvell.layers.routers import SigmoidRouter, SqrtSoftplusRouter
 
 DEFAULT_ROPE = {
     "full_attention": {"rope_type": "default", "rope_theta": 500_000.0, "partial_rotary_factor": 0.5},
-    "sliding_attention": {"rope_type": "default", "rope_theta": 10_000.0},
+    "sliding_attention": {"rope_type": "default", "rope_theta": 10_000.0, "partial_rotary_factor": 1.0},
 }
 GATES = {True: "per_head", "per-head": "per_head", "per-element": "per_element", False: None}
 RELEASED_GATES = {"per_head": "per-head", "per_element": "per-element", None: False}
+GATE_TYPES = {"per_head": "per_head", "per-head": "per_head", "per_element": "per_element", "none": None}
+SCORES = {"sigmoid": "sigmoid", "sqrtsoftplus": "sqrt_softplus"}
+
+KEYS = Keys(
+    used=named("""
+        model_type vocab_size hidden_size intermediate_size num_hidden_layers max_position_embeddings rms_norm_eps
+        layer_types num_attention_heads num_attention_heads_per_layer num_key_value_heads head_dim sliding_window
+        attention_bias gating gating_types rope_parameters rope_theta partial_rotary_factor
+        hidden_act mlp_layer_types mlp_only_layers decoder_sparse_step num_experts num_experts_per_tok
+        moe_intermediate_size shared_expert_intermediate_size moe_routed_scaling_factor moe_router_logit_softcapping
+        moe_router_score_func tie_word_embeddings initializer_range bos_token_id eos_token_id pad_token_id
+        """),
+    harmless=COMMON_HARMLESS,
+    unsupported=COMMON_UNSUPPORTED
+    | {
+        "moe_apply_router_weight_on_input": ((False,), "router weights on the input are not built"),
+        "moe_router_use_sigmoid": ((True,), "the router's scores are each its own: sigmoid or sqrtsoftplus"),
+        "norm_topk_prob": ((True,), "routing weights are always normalised"),
+        "qkv_bias": ((False, None), "biases of queries, keys and values alone are not built"),
+        "qk_norm_type": (("per_head", None), "queries and keys are normalised head by head"),
+        "rope_style": (("rotate-half", None), "the channels of a pair stand half the rotary width apart"),
+        "swa_attention_sink_enabled": ((False, None), "attention sinks are not built"),
+        "rope_scaling": ((None,), "rope_parameters, by layer type, are wanted instead"),
+        "swa_rope_parameters": ((None,), "rope_parameters, by layer type, are wanted instead"),
+        "use_bidirectional_attention": ((False, None), "only causal attention is built"),
+        "quantization_config": ((None,), "quantised Laguna files cannot be read"),
+    },
+    objects={"rope_parameters": rotary_sets(*KINDS)},
+)
+# What the keys are called in a ModelConfig.
+NAMES = {
+    "num_heads": "num_attention_heads",
+    "num_kv_heads": "num_key_value_heads",
+    "top_k": "num_experts_per_tok",
+    "rotary.fraction": "partial_rotary_factor",
+}
 
 
 def read_config(values: Mapping[str, Any]) -> ModelConfig:
     text = Released("laguna", values)
-    text.refuse("moe_apply_router_weight_on_input", (None, False), "router weights on the input are not built")
-    text.refuse("quantization_config", (None,), "quantised Laguna files cannot be read")
-    layers = text.integer("num_hidden_layers")
-    types = text.per_layer("layer_types", ["full_attention"] * layers)
-    heads = text.per_layer("num_attention_heads_per_layer", [text.get("num_attention_heads", None)] * layers)
-    feed_forwards = text.per_layer("mlp_layer_types", _older_feed_forward_types(text, layers))
-    rope = text.rope_parameters(DEFAULT_ROPE)
-    activation = text.choice("hidden_act", text.get("hidden_act", "silu"), ACTIVATION_NAMES)
-    gate = text.choice("gating", values.get("gating", True), GATES)
+    layers = text.layers(default=40)
+    types = [
+        text.meaning("layer_types", name, KINDS)
+        for name in text.per_layer("layer_types", layers, ["full_attention"] * layers)
+    ]
+    same = [text.integer("num_attention_heads", 48)] * layers
+    heads = [
+        text.checked_integer("num_attention_heads_per_layer", count)
+        for count in text.per_layer("num_attention_heads_per_layer", layers, same)
+    ]
+    dense = _dense_layers(text, layers)
+    rotary = {kind: _read_rotary(text, name) for name, kind in KINDS.items() if kind in types}
+    window = None
+    if "sliding" in types:
+        # Null has no window: the layers see everything, and turn as sliding ones do.
+        window = text.integer("sliding_window", 512, null=None)
+    activation = text.choice("hidden_act", "silu", ACTIVATION_NAMES)
+    gate = _gate(text, layers)
 
     def attention(index: int) -> dict[str, Any]:
-        full = text.choice("layer_types", types[index], KINDS) == "full"
-        # One set for all layers, or one by layer type with, in released files, a stray number beside them.
-        own_rope = rope if "rope_type" in rope else rope.get(types[index])
-        if own_rope is None:
-            raise ConfigError(f"laguna config: rope_parameters has no {types[index]}")
         return {
             "kind": "grouped_query",
             "num_heads": heads[index],
-            "num_kv_heads": text.get("num_key_value_heads"),
-            "head_dim": text.get("head_dim", 128),
-            "sliding_window": None if full else text.get("sliding_window", 512),
-            "rotary": read_rotary(own_rope, f"laguna config: rope_parameters.{types[index]}"),
+            "num_kv_heads": text.integer("num_key_value_heads", 8),
+            "head_dim": _head_dim(text),
+            "sliding_window": window if types[index] == "sliding" else None,
+            "rotary": rotary[types[index]],
             "output_gate": gate,
             "bias": text.flag("attention_bias", False),
         }
 
     def feed_forward(index: int) -> dict[str, Any]:
-        if text.choice("mlp_layer_types", feed_forwards[index], {"dense": True, "sparse": False}):
-            size = text.get("intermediate_size")
+        if dense[index]:
+            size = text.integer("intermediate_size", 8192)
             return {"kind": "gated_mlp", "intermediate_size": size, "activation": activation}
         return {
             "kind": "mixture_of_experts",
-            "num_experts": text.get("num_experts"),
-            "top_k": text.get("num_experts_per_tok"),
-            "intermediate_size": text.get("moe_intermediate_size"),
-            "shared_intermediate_size": text.get("shared_expert_intermediate_size"),
-            "router": {"kind": "sigmoid", "logit_softcap": text.get("moe_router_logit_softcapping", 0.0)},
-            "routed_scale": text.get("moe_routed_scaling_factor", 1.0),
+            "num_experts": text.experts("num_experts", 256),
+            "top_k": text.integer("num_experts_per_tok", 8),
+            "intermediate_size": text.integer("moe_intermediate_size", 512),
+            "shared_intermediate_size": text.integer("shared_expert_intermediate_size", 512),
+            "router": _router(text),
+            "routed_scale": text.number("moe_routed_scaling_factor", 1.0, above=None),
             "activation": activation,
         }
 
-    return ModelConfig.from_dict(
+    return text.build(
         {
             "family": "laguna",
-            "vocab_size": text.get("vocab_size"),
-            "hidden_size": text.get("hidden_size"),
-            "max_positions": text.get("max_position_embeddings", 131072),
-            "norm_eps": text.get("rms_norm_eps", 1e-6),
+            "vocab_size": text.tokens("vocab_size", 100352),
+            "hidden_size": text.integer("hidden_size", 2048),
+            "max_positions": text.tokens("max_position_embeddings", 131072),
+            "norm_eps": text.number("rms_norm_eps", 1e-6),
             "tied_head": text.flag("tie_word_embeddings", False),
-            "initializer_range": text.get("initializer_range", 0.02),
-            "bos_token_id": text.get("bos_token_id", None),
-            "eos_token_ids": token_ids(text.get("eos_token_id", None)),
-            "pad_token_id": text.get("pad_token_id", None),
+            "initializer_range": text.number("initializer_range", 0.02),
+            "bos_token_id": text.token_id("bos_token_id", None),
+            "eos_token_ids": text.token_ids("eos_token_id", None),
+            "pad_token_id": text.token_id("pad_token_id", None),
             "layers": [{"attention": attention(i), "feed_forward": feed_forward(i)} for i in range(layers)],
         },
-        "laguna config",
+        NAMES,
     )
 
 
-def _older_feed_forward_types(text: Released, layers: int) -> list[str]:
-    """Before `mlp_layer_types`: a list of dense layers and a step between sparse ones; else only layer 0 is dense."""
-    if "norm_topk_prob" in text.values:
-        text.refuse("norm_topk_prob", (True,), "routing weights are always normalised")
-    if "mlp_only_layers" not in text.values and "decoder_sparse_step" not in text.values:
-        return ["dense"] + ["sparse"] * (layers - 1)
-    dense, step = text.get("mlp_only_layers", []), text.integer("decoder_sparse_step", 1)
-    if not isinstance(dense, list):
-        raise ConfigError(f"laguna config: mlp_only_layers is {dense!r}, wanted is a list")
-    return ["dense" if i in dense or (i + 1) % step else "sparse" for i in range(layers)]
+def _head_dim(text: Released) -> int:
+    width = text.integer("head_dim", 128)
+    if width % 2:
+        raise text.wrong("head_dim", width, "an even number")
+    return int(width)
+
+
+def _read_rotary(text: Released, name: str) -> dict[str, Any]:
+    """Of a layer type: its own set, or the one for all, each with what stands at the top where it has none."""
+    if text.has("rope_theta") and not text.has("rope_parameters"):
+        raise text.error("rope_theta stands alone: rope_parameters, by layer type, are wanted instead")
+    sets = text.within("rope_parameters", text.mapping("rope_parameters", DEFAULT_ROPE, null=DEFAULT_ROPE))
+    by_type = set(sets.values) & set(KINDS)
+    fraction = text.number("partial_rotary_factor", 1.0, most=1, null=1.0)
+    theta = {"theta": text.number("rope_theta", above=1)} if text.has("rope_theta") else {}
+    return read_rotary(sets.within(name) if by_type else sets, fraction=fraction, **theta)
+
+
+def _router(text: Released) -> dict[str, Any]:
+    score = text.choice("moe_router_score_func", "sigmoid", SCORES)
+    softcap = text.number("moe_router_logit_softcapping", 0.0, least=0, null=0.0)
+    if score == "sigmoid":
+        return {"kind": score, "logit_softcap": softcap}
+    if softcap:
+        raise text.error(
+            f"moe_router_logit_softcapping is {softcap}: only with the moe_router_score_func sigmoid is it built"
+        )
+    return {"kind": score}
+
+
+def _gate(text: Released, layers: int) -> str | None:
+    """`gating`; a list by layer, where there is one, says the same."""
+    gate = text.choice("gating", True, GATES)
+    for name in text.per_layer("gating_types", layers, []) if text.has("gating_types") else []:
+        if text.meaning("gating_types", name, GATE_TYPES) != gate:
+            raise text.error(f"gating_types has {name!r}, and gating is {shown(text.values.get('gating', True))}")
+    return gate
+
+
+def _dense_layers(text: Released, layers: int) -> list[bool]:
+    """By type; before `mlp_layer_types` by a list of dense layers and a step between sparse ones; else only layer 0
+    is dense."""
+    if text.has("mlp_layer_types"):
+        types = text.per_layer("mlp_layer_types", layers, [])
+        return [text.meaning("mlp_layer_types", name, {"dense": True, "sparse": False}) for name in types]
+    if not text.has("mlp_only_layers") and not text.has("decoder_sparse_step"):
+        return [index == 0 for index in range(layers)]
+    dense, step = text.values.get("mlp_only_layers"), text.integer("decoder_sparse_step", 1, null=1)
+    if not isinstance(dense, list | None):
+        raise text.wrong("mlp_only_layers", dense, "a list")
+    listed = {text.checked_integer("mlp_only_layers", index, 0, layers - 1) for index in dense or []}
+    return [index in listed or bool((index + 1) % step) for index in range(layers)]
 
 
 def write_config(config: ModelConfig) -> dict[str, Any]:
@@ -152,6 +233,8 @@ def write_config(config: ModelConfig) -> dict[str, Any]:
         }
         if isinstance(sparse.router, SigmoidRouter):
             values["moe_router_logit_softcapping"] = sparse.router.logit_softcap
+        elif isinstance(sparse.router, SqrtSoftplusRouter):
+            values["moe_router_score_func"] = "sqrtsoftplus"
     return values
 
 
@@ -237,6 +320,7 @@ def _cache_scale(name: str, config: ModelConfig) -> bool:
 FAMILY = Family(
     name="laguna",
     model_types=("laguna",),
+    keys=lambda values: KEYS,
     read_config=read_config,
     write_config=write_config,
     placements=placements,

@@ -1,39 +1,85 @@
 """Rotary embeddings as released configs spell them (`rope_parameters`), and back."""
 
+import math
 from collections.abc import Mapping
 from typing import Any
 
-from kvell.errors import ConfigError
+from kvell.families.keys import Keys, KeysOf, Unsupported, keys_of
+from kvell.families.released import REQUIRED, Released
 from kvell.layers.rotary import AnyRotary, YarnRotary
 
-FIELDS = {
-    "rope_theta": "theta",
-    "partial_rotary_factor": "fraction",
-    "factor": "factor",
-    "original_max_position_embeddings": "original_positions",
-    "beta_fast": "beta_fast",
-    "beta_slow": "beta_slow",
-    "attention_factor": "attention_factor",
+KINDS = {"default": "default", "proportional": "proportional", "yarn": "yarn"}
+PLAIN = frozenset({"rope_type", "type", "rope_theta", "partial_rotary_factor"})
+YARN = frozenset({"factor", "original_max_position_embeddings", "beta_fast", "beta_slow", "attention_factor"})
+ATTENTION_FACTOR = frozenset({"mscale", "mscale_all_dim"})
+SCALING = YARN | ATTENTION_FACTOR | {"truncate"}
+# Within a set transformers does not look for it, where other engines do.
+TRUNCATE: dict[str, Unsupported] = {
+    "truncate": ((True, None), "pairs between the fast and the slow ones are counted in whole pairs")
 }
-PLAIN = {"rope_type", "rope_theta", "partial_rotary_factor"}
-KEYS = {"default": PLAIN, "proportional": PLAIN, "yarn": {"rope_type", *FIELDS}}
 
 
-def read_rotary(released: Any, where: str) -> dict[str, Any]:
-    """One type's `rope_parameters` as a rotary part's fields."""
-    if not isinstance(released, Mapping):
-        raise ConfigError(f"{where} is {released!r}, wanted is an object")
-    values = {key: value for key, value in released.items() if value is not None}
-    kind = values.get("rope_type", "default")
-    if not isinstance(kind, str) or kind not in KEYS:
-        raise ConfigError(f"{where}: rope_type is {kind!r}, known are {', '.join(KEYS)}")
-    if unknown := sorted(set(values) - KEYS[kind]):
-        raise ConfigError(f"{where}: {unknown[0]} is not known for rope_type {kind}")
-    needed = ["rope_theta"] + (["factor", "original_max_position_embeddings"] if kind == "yarn" else [])
-    for name in needed:
-        if name not in values:
-            raise ConfigError(f"{where}: {name} is missing")
-    return {"kind": kind} | {FIELDS[key]: value for key, value in values.items() if key in FIELDS}
+def rotary_keys(values: Mapping[str, Any]) -> Keys:
+    """The keys of one set, which depend on its type."""
+    kind = values.get("rope_type", values.get("type", "default"))
+    if kind == "yarn":
+        return Keys(used=PLAIN | YARN | ATTENTION_FACTOR, unsupported=TRUNCATE)
+    if kind == "proportional":
+        scaled: dict[str, Unsupported] = {"factor": ((1,), "proportional rotary embeddings are not scaled")}
+        return Keys(used=PLAIN, harmless=dict.fromkeys(SCALING - {"factor"}, "only of yarn"), unsupported=scaled)
+    if "rope_type" in values or "type" in values:
+        return Keys(used=PLAIN, harmless=dict.fromkeys(SCALING, "only of yarn"))
+    why = "without a rope_type, which would be default, nothing is scaled"
+    return Keys(used=PLAIN, unsupported=dict.fromkeys(SCALING, ((None,), why)))
+
+
+def rotary_sets(*types: str, set_keys: KeysOf = rotary_keys) -> KeysOf:
+    """The keys of `rope_parameters` with a set for each of these layer types."""
+
+    def keys(values: Mapping[str, Any]) -> Keys:
+        if not set(types) & set(values):
+            return keys_of(set_keys, values)
+        strays = ("rope_type", "type", "original_max_position_embeddings")
+        return Keys(
+            harmless=dict.fromkeys(strays, "a stray, beside the sets that have their own"),
+            unsupported=TRUNCATE,
+            objects=dict.fromkeys(types, set_keys),
+        )
+
+    return keys
+
+
+def read_rotary(
+    text: Released, theta: Any = REQUIRED, fraction: float = 1.0, attention_factor: float | None = None
+) -> dict[str, Any]:
+    """One set as a rotary part's fields; `theta`, `fraction` and `attention_factor` where it has none of its own."""
+    kind = text.choice("rope_type", text.values.get("type", "default"), KINDS)
+    if "type" in text.values and text.choice("type", REQUIRED, KINDS) != kind:
+        raise text.error(f"{text.path}type is {text.values['type']!r}, and rope_type is {kind!r}")
+    fields = {
+        "kind": kind,
+        "theta": text.number("rope_theta", theta, above=1),
+        "fraction": text.number("partial_rotary_factor", fraction, most=1),
+    }
+    if kind != "yarn":
+        return fields
+    factor = text.number("factor", least=1)
+    return fields | {
+        "factor": factor,
+        "original_positions": text.tokens("original_max_position_embeddings"),
+        "beta_fast": text.number("beta_fast", 32.0, null=32.0),
+        "beta_slow": text.number("beta_slow", 1.0, null=1.0),
+        "attention_factor": _attention_factor(text, factor, attention_factor),
+    }
+
+
+def _attention_factor(text: Released, factor: float, default: float | None) -> float | None:
+    """As stated, or the ratio of two as DeepSeek's files have it (`mscale`); None is the paper's."""
+    stated = text.number("attention_factor", default, null=None)
+    scale, all_dimensions = (text.number(name, None, least=0, null=None) for name in ("mscale", "mscale_all_dim"))
+    if stated is not None or not scale or not all_dimensions:
+        return stated
+    return (0.1 * scale * math.log(factor) + 1.0) / (0.1 * all_dimensions * math.log(factor) + 1.0)
 
 
 def write_rotary(rotary: AnyRotary) -> dict[str, Any]:

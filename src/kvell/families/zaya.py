@@ -10,20 +10,19 @@ import re
 from collections.abc import Callable, Collection, Mapping
 from typing import Any
 
-from kvell.config import LayerConfig, ModelConfig
-from kvell.errors import ConfigError
+from kvell.config import MOST_LAYERS, LayerConfig, ModelConfig
 from kvell.families.family import (
     ACTIVATION_NAMES,
     RELEASED_ACTIVATIONS,
     Family,
     Placement,
     Placements,
-    Released,
     all_of_kind,
     released_ids,
-    token_ids,
 )
-from kvell.families.rotary import read_rotary, write_rotary
+from kvell.families.keys import COMMON_HARMLESS, COMMON_UNSUPPORTED, Keys, because, named
+from kvell.families.released import Released
+from kvell.families.rotary import read_rotary, rotary_sets, write_rotary
 from kvell.layers.convolutional import Convolutional
 from kvell.layers.experts import MixtureOfExperts
 from kvell.layers.routers import MLPRouter
@@ -33,77 +32,151 @@ DEFAULT_ROPE = {
     "hybrid_sliding": {"rope_type": "default", "rope_theta": 10_000.0, "partial_rotary_factor": 0.5},
 }
 SLIDING = {"hybrid": False, "hybrid_sliding": True}
-# What the original layout may say or leave unsaid, but only so.
-ORIGINAL_FLAGS = (
-    "cca",
-    "zaya_use_mod",
-    "zaya_use_eda",
-    "scale_residual_merge",
-    "residual_in_fp32",
-    "gated_linear_unit",
+# Kvell's own: the released weights were trained with the identity, transformers computes zero.
+SKIP_EXPERTS = {"identity": "identity", "zero": "zero"}
+
+ALIKE = named("""
+    model_type vocab_size hidden_size num_hidden_layers head_dim num_attention_heads num_key_value_heads
+    attention_bias cca_time0 cca_time1 num_experts router_hidden_size skip_expert max_position_embeddings
+    tie_word_embeddings initializer_range bos_token_id eos_token_id pad_token_id
+    """)
+UNSUPPORTED = COMMON_UNSUPPORTED | {
+    "lm_head_bias": ((False, None), "a head with a bias is not built"),
+    "quantization_config": ((None,), "quantised ZAYA1 files cannot be read"),
+}
+KEYS = Keys(
+    used=ALIKE
+    | named("""
+        hidden_act layer_types sliding_window rope_parameters num_experts_per_tok moe_intermediate_size rms_norm_eps
+        """),
+    harmless=COMMON_HARMLESS
+    | because(
+        "every layer type's set has its own, and transformers sees no other", "rope_theta partial_rotary_factor"
+    ),
+    unsupported=UNSUPPORTED | {"rope_scaling": ((None,), "rope_parameters, by layer type, are wanted instead")},
+    objects={"rope_parameters": rotary_sets(*SLIDING)},
 )
+ONLY_RELEASED = ((True, None), "only the released architecture is built")
+ORIGINAL_KEYS = Keys(
+    used=ALIKE
+    | named("""
+        zaya_layers cca_num_q_heads num_query_groups num_query_groups_list kv_channels moe_router_topk
+        ffn_hidden_size ffn_hidden_size_list zaya_mlp_expansion norm_epsilon swa_layers swa_rotary_base rope_theta
+        rotary_base partial_rotary_factor rope_pct
+        """),
+    harmless=COMMON_HARMLESS
+    | because(
+        "says how the original code computes, and to how many digits",
+        """
+        fused_add_norm apply_rope_fusion bias_activation_fusion activation_func_fp8_input_store zaya_high_prec
+        mamba_cache_dtype
+        """,
+    ),
+    unsupported=UNSUPPORTED
+    | {
+        "cca": ONLY_RELEASED,
+        "zaya_use_mod": ONLY_RELEASED,
+        "zaya_use_eda": ONLY_RELEASED,
+        "scale_residual_merge": ONLY_RELEASED,
+        "residual_in_fp32": ONLY_RELEASED,
+        "gated_linear_unit": ONLY_RELEASED,
+        "add_bias_linear": ((False, None), "experts with biases are not built"),
+        "activation_func": (("swiglu", None), "only swiglu is known"),
+        "normalization": (("RMSNorm", None), "only RMSNorm is known"),
+        "clamp_temp": ((False, None), "a clamped temperature is not built"),
+        "sliding_window": ((None,), "swa_layers says which layers have a window"),
+        "rope_scaling": ((None, False), "scaled rotary embeddings are not known here"),
+        "rope_parameters": ((None,), "the original layout has rope_theta and swa_rotary_base instead"),
+    },
+)
+# What only the original layout's files have.
+ORIGINAL = ("zaya_layers", "cca", "zaya_mlp_expansion", "ffn_hidden_size", "moe_router_topk", "norm_epsilon")
+# What the keys are called in a ModelConfig.
+NAMES = {
+    "num_heads": "num_attention_heads",
+    "num_kv_heads": "num_key_value_heads",
+    "top_k": "num_experts_per_tok",
+    "rotary.fraction": "partial_rotary_factor",
+}
+ORIGINAL_NAMES = {
+    "num_heads": "cca_num_q_heads",
+    "num_kv_heads": "num_query_groups",
+    "top_k": "moe_router_topk",
+    "rotary.fraction": "partial_rotary_factor",
+}
+
+
+def is_original(values: Mapping[str, Any]) -> bool:
+    return any(name in values for name in ORIGINAL)
+
+
+def keys(values: Mapping[str, Any]) -> Keys:
+    return ORIGINAL_KEYS if is_original(values) else KEYS
 
 
 def read_config(values: Mapping[str, Any]) -> ModelConfig:
     text = Released("zaya", values)
-    if "zaya_layers" in values or "cca" in values:
+    original = is_original(values)
+    if original:
         text = Released("zaya", _from_original(text))
-    text.refuse("lm_head_bias", (None, False), "a head with a bias is not built")
-    layers = text.integer("num_hidden_layers")
-    types = text.per_layer("layer_types", ["hybrid"] * layers)
-    rope = text.mapping("rope_parameters", DEFAULT_ROPE)
-    activation = text.choice("hidden_act", text.get("hidden_act", "silu"), ACTIVATION_NAMES)
-    # Kvell's own: the released weights were trained with the identity, transformers computes zero.
-    skip = text.choice("skip_expert", text.get("skip_expert", "identity"), {"identity": "identity", "zero": "zero"})
+    layers = text.layers(default=40)
+    types = text.per_layer("layer_types", layers, ["hybrid"] * layers)
+    sliding = [text.meaning("layer_types", name, SLIDING) for name in types]
+    window = text.integer("sliding_window", None, null=None)
+    if any(sliding) and window is None:
+        raise text.error("sliding_window is missing, and there are hybrid_sliding layers")
+    sets = text.within("rope_parameters", text.mapping("rope_parameters", DEFAULT_ROPE, null=DEFAULT_ROPE))
+    rotary = {name: read_rotary(sets.within(name)) for name in set(types)}
+    head_dim = text.integer("head_dim", 128)
+    if head_dim % 2:
+        raise text.wrong("head_dim", head_dim, "an even number")
+    activation = text.choice("hidden_act", "silu", ACTIVATION_NAMES)
+    skip = text.choice("skip_expert", "identity", SKIP_EXPERTS)
 
     def attention(index: int) -> dict[str, Any]:
-        sliding = text.choice("layer_types", types[index], SLIDING)
-        own_rope = rope.get(types[index])
-        if own_rope is None:
-            raise ConfigError(f"zaya config: rope_parameters has no {types[index]}")
         return {
             "kind": "convolutional",
-            "num_heads": text.get("num_attention_heads", 8),
-            "num_kv_heads": text.get("num_key_value_heads", 2),
-            "head_dim": text.get("head_dim", 128),
-            "sliding_window": text.get("sliding_window") if sliding else None,
-            "rotary": read_rotary(own_rope, f"zaya config: rope_parameters.{types[index]}"),
-            "depthwise_kernel": text.get("cca_time0", 2),
-            "grouped_kernel": text.get("cca_time1", 2),
+            "num_heads": text.integer("num_attention_heads", 8),
+            "num_kv_heads": text.integer("num_key_value_heads", 2),
+            "head_dim": head_dim,
+            "sliding_window": window if sliding[index] else None,
+            "rotary": rotary[types[index]],
+            "depthwise_kernel": text.integer("cca_time0", 2),
+            "grouped_kernel": text.integer("cca_time1", 2),
             "bias": text.flag("attention_bias", False),
         }
 
     def feed_forward(index: int) -> dict[str, Any]:
         return {
             "kind": "mixture_of_experts",
-            "num_experts": text.get("num_experts", 16),
-            "top_k": text.get("num_experts_per_tok", 1),
-            "intermediate_size": text.get("moe_intermediate_size", 2048),
+            "num_experts": text.experts("num_experts", 16),
+            "top_k": text.integer("num_experts_per_tok", 1),
+            "intermediate_size": text.integer("moe_intermediate_size", 2048),
             "activation": activation,
             "router": {
                 "kind": "mlp",
-                "hidden_size": text.get("router_hidden_size", 256),
+                "hidden_size": text.integer("router_hidden_size", 256),
                 "state_source": index - 1 if index else None,
                 "skip_expert": skip,
             },
         }
 
-    return ModelConfig.from_dict(
+    return text.build(
         {
             "family": "zaya",
-            "vocab_size": text.get("vocab_size", 262272),
-            "hidden_size": text.get("hidden_size", 2048),
-            "max_positions": text.get("max_position_embeddings", 131072),
-            "norm_eps": text.get("rms_norm_eps", 1e-5),
+            "vocab_size": text.tokens("vocab_size", 262272),
+            "hidden_size": text.integer("hidden_size", 2048),
+            "max_positions": text.tokens("max_position_embeddings", 131072),
+            "norm_eps": text.number("rms_norm_eps", 1e-5),
             "connection": {"kind": "scaled"},
             "tied_head": text.flag("tie_word_embeddings", True),
-            "initializer_range": text.get("initializer_range", 0.02),
-            "bos_token_id": text.get("bos_token_id", None),
-            "eos_token_ids": token_ids(text.get("eos_token_id", None)),
-            "pad_token_id": text.get("pad_token_id", None),
+            "initializer_range": text.number("initializer_range", 0.02),
+            "bos_token_id": text.token_id("bos_token_id", 2),
+            "eos_token_ids": text.token_ids("eos_token_id", 106),
+            "pad_token_id": text.token_id("pad_token_id", 0),
             "layers": [{"attention": attention(i), "feed_forward": feed_forward(i)} for i in range(layers)],
         },
-        "zaya config",
+        ORIGINAL_NAMES if original else NAMES,
     )
 
 
@@ -113,62 +186,69 @@ def _from_original(text: Released) -> dict[str, Any]:
     Where a list by half-layer and a single number both speak, the list is right: num_attention_heads is 16 in some
     files for what are 8 heads.
     """
-    for name in ORIGINAL_FLAGS:
-        text.refuse(name, (None, True), "only the released architecture is built")
-    text.refuse("rope_scaling", (None, False), "scaled rotary embeddings are not known here")
-    text.refuse("clamp_temp", (None, False), "a clamped temperature is not built")
-    text.refuse("activation_func", (None, "swiglu"), "only swiglu is known")
-    kinds = text.get("zaya_layers", None)
-    halves = len(kinds) if isinstance(kinds, list) else text.integer("num_hidden_layers")
+    kinds = text.values.get("zaya_layers")
+    halves = len(kinds) if isinstance(kinds, list) else text.integer("num_hidden_layers", 80, most=2 * MOST_LAYERS)
     alternate = not isinstance(kinds, list) or all((kind == "a") == (i % 2 == 0) for i, kind in enumerate(kinds))
     if not halves or halves % 2 or not alternate:
-        raise ConfigError("zaya config: zaya_layers must alternate attention ('a') and mixture (its experts)")
+        raise text.error("zaya_layers must alternate attention ('a') and mixture (its experts)")
     layers = halves // 2
 
-    def listed(name: str, half: int, alternative: str, default: Any) -> Any:
+    def listed(name: str, half: int, alternative: str, default: int) -> int:
         """The one value that all the half-layers of a kind have: attention, half 0, or mixture, half 1."""
-        value = text.get(name, None)
+        value = text.values.get(name)
         if not isinstance(value, list):
-            return value if value is not None else text.get(alternative, default)
+            return int(text.integer(name) if value is not None else text.integer(alternative, default))
         own = value[half:halves:2]  # some lists go on behind the last half-layer
         found = sorted({str(entry) for entry in own})
         if len(own) != layers or len(found) != 1 or own[0] is None:
-            raise ConfigError(
-                f"zaya config: {name} has {len(own)} entries for {layers} half-layers, the values {found}: wanted is"
-                " one value for all"
+            raise text.error(
+                f"{name} has {len(own)} entries for {layers} half-layers, the values {found}: wanted is one value for"
+                " all"
             )
-        return own[0]
+        return text.checked_integer(name, own[0])
 
-    windows = text.get("swa_layers", [0] * layers)
+    def either(name: str, older: str, default: float, **bounds: Any) -> float:
+        """A number under one of two names, or the same under both."""
+        value = text.number(name, text.number(older, default, **bounds), **bounds)
+        if text.has(older) and text.values[older] != value:
+            raise text.error(f"{name} is {value}, and {older} is {text.values[older]}")
+        return value
+
+    windows = text.values.get("swa_layers")
+    windows = [0] * layers if windows is None else windows
     if not isinstance(windows, list) or len(windows) not in (layers, halves):
-        raise ConfigError(f"zaya config: swa_layers is {windows!r}, wanted is a list of {layers} or {halves} entries")
+        raise text.wrong("swa_layers", windows, f"a list of {layers} or {halves} entries")
     windows = [window or 0 for window in (windows[::2] if len(windows) == halves else windows)]
     if any(not isinstance(window, int) for window in windows) or len(set(windows) - {0}) > 1:
-        raise ConfigError(f"zaya config: swa_layers is {windows!r}, wanted is one window, and 0 for full attention")
+        raise text.wrong("swa_layers", windows, "one window, and 0 for full attention")
+    window = text.checked_integer("swa_layers", max(windows), 0)
     ffn = listed("ffn_hidden_size_list", 1, "ffn_hidden_size", 4096)
-    if not isinstance(ffn, int) or ffn % 2:
-        raise ConfigError(f"zaya config: ffn_hidden_size is {ffn!r}, wanted is an even number: gate and up together")
-    fraction = text.get("partial_rotary_factor", 0.5)
+    if ffn % 2:
+        raise text.wrong("ffn_hidden_size", ffn, "an even number: gate and up together")
+    fraction = either("partial_rotary_factor", "rope_pct", 0.5, most=1)
+    theta = either("rope_theta", "rotary_base", 1e6, above=1)
+    sliding_theta = text.number("swa_rotary_base", 1e4, above=1, null=1e4)
+    per_group = text.integer("num_query_groups", text.integer("num_key_value_heads", 2))
 
-    def rope(theta: str, default: float) -> dict[str, Any]:
-        return {"rope_type": "default", "rope_theta": text.get(theta, default), "partial_rotary_factor": fraction}
+    def rope(theta: float) -> dict[str, Any]:
+        return {"rope_type": "default", "rope_theta": theta, "partial_rotary_factor": fraction}
 
     # Kept of the rest is what both layouts spell alike.
     return {
-        **{name: value for name, value in text.values.items() if name not in ("rope_parameters", "rope_scaling")},
+        **{name: text.values[name] for name in ALIKE if name in text.values},
         "num_hidden_layers": layers,
         "num_attention_heads": listed("cca_num_q_heads", 0, "num_attention_heads", 8),
-        "num_key_value_heads": listed("num_query_groups_list", 0, "num_query_groups", 2),
-        "head_dim": text.get("kv_channels", text.get("head_dim", 128)),
+        "num_key_value_heads": listed("num_query_groups_list", 0, "num_query_groups", per_group),
+        "head_dim": text.integer("kv_channels", text.integer("head_dim", 128)),
         "num_experts": listed("zaya_layers", 1, "num_experts", 16),
-        "num_experts_per_tok": text.get("moe_router_topk", 1),
+        "num_experts_per_tok": text.integer("moe_router_topk", 1),
         "moe_intermediate_size": ffn // 2,
         "router_hidden_size": listed("zaya_mlp_expansion", 1, "router_hidden_size", 256),
-        "rms_norm_eps": text.get("norm_epsilon", 1e-5),
+        "rms_norm_eps": text.number("norm_epsilon", 1e-5),
         "layer_types": ["hybrid_sliding" if window else "hybrid" for window in windows],
         # The original window does not count the token itself.
-        "sliding_window": max(windows) + 1 if any(windows) else None,
-        "rope_parameters": {"hybrid": rope("rope_theta", 1e6), "hybrid_sliding": rope("swa_rotary_base", 1e4)},
+        "sliding_window": window + 1 if window else None,
+        "rope_parameters": {"hybrid": rope(theta), "hybrid_sliding": rope(sliding_theta)},
     }
 
 
@@ -347,6 +427,7 @@ def _current(name: str, layers: int) -> str:
 FAMILY = Family(
     name="zaya",
     model_types=("zaya",),
+    keys=keys,
     read_config=read_config,
     write_config=write_config,
     placements=placements,

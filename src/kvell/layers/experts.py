@@ -6,11 +6,11 @@ The routers stand in routers.py. A skip expert (ZAYA1) is a class past the last 
 weight * x or nothing. What people get wrong: the routed scale is for the routed experts only, not the shared one.
 """
 
-from typing import TYPE_CHECKING, ClassVar, Literal, Self
+from typing import TYPE_CHECKING, Annotated, ClassVar, Literal, Self
 
 import torch
 from jaxtyping import Float
-from pydantic import NonNegativeInt, PositiveFloat, PositiveInt, model_validator
+from pydantic import Field, NonNegativeInt, PositiveFloat, PositiveInt, model_validator
 from torch import Tensor, nn
 
 from kvell.kernels.experts import experts
@@ -23,6 +23,9 @@ from kvell.layers.routers import MLPRouter, Router
 if TYPE_CHECKING:
     from kvell.step import Step
 
+# A bound far beyond what is: a file whose numbers no tensors bear out is refused before anything is made for them.
+MOST_EXPERTS = 65536
+
 
 class MixtureOfExperts(Part):
     """`num_experts` gated feed-forwards of `intermediate_size`, of which a token takes `top_k`.
@@ -31,7 +34,7 @@ class MixtureOfExperts(Part):
     """
 
     kind: Literal["mixture_of_experts"] = "mixture_of_experts"
-    num_experts: PositiveInt
+    num_experts: Annotated[int, Field(gt=0, le=MOST_EXPERTS)]
     top_k: PositiveInt
     intermediate_size: PositiveInt
     shared_intermediate_size: PositiveInt | None = None

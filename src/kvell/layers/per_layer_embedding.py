@@ -17,7 +17,7 @@ memory-mapped on disk or off the accelerator. What people get wrong: dropping on
 from typing import TYPE_CHECKING, Annotated, Literal
 
 from jaxtyping import Float, Int
-from pydantic import Field
+from pydantic import Field, PositiveInt
 from torch import Tensor, nn
 
 from kvell.layers.cost import Cost, Weight, linear, norm, together
@@ -40,11 +40,19 @@ def stays_on_disk(table_numbers: int, model_numbers: int, device_type: str) -> b
 
 
 class PerLayerEmbedding(Part):
-    """`width` channels for every layer and token."""
+    """`width` channels for every layer and token. `vocab_size` is the table's number of rows; None is the model's.
+
+    A table with fewer rows has none for the last token ids, which are then refused.
+    """
 
     kind: Literal["per_layer_embedding"] = "per_layer_embedding"
     width: Annotated[int, Field(gt=0)]
     activation: ActivationName = "gelu_tanh"
+    vocab_size: PositiveInt | None = None
+
+    def rows(self, site: Site) -> int:
+        """Of the table."""
+        return self.vocab_size or site.vocab_size
 
     def build_inputs(self, site: Site) -> "PerLayerInputs":
         return PerLayerInputs(self, site)
@@ -55,7 +63,8 @@ class PerLayerEmbedding(Part):
     def inputs_cost(self, site: Site) -> Cost:
         """The table, of which a token reads one row, and the projection for all layers at once."""
         channels = site.num_layers * self.width
-        shape, used = (site.vocab_size, channels), (1, site.vocab_size)
+        rows = self.rows(site)
+        shape, used = (rows, channels), (1, rows)
         table = Weight("table.weight", shape, "per-layer table", "bf16", multiplied=False, used=used)
         projection = linear("projection", channels, site.hidden_size, "per-layer embedding", every_token=True)
         return Cost((table,)) + projection + norm("norm", self.width)
@@ -91,7 +100,7 @@ class PerLayerInputs(nn.Module):
         super().__init__()
         self.width, self.num_layers = config.width, site.num_layers
         channels = site.num_layers * config.width
-        self.table: nn.Embedding | MappedTable = nn.Embedding(site.vocab_size, channels)
+        self.table: nn.Embedding | MappedTable = nn.Embedding(config.rows(site), channels)
         self.projection = Linear(site.hidden_size, channels, bias=False)
         self.projection_scale = site.hidden_size**-0.5
         self.norm = RMSNorm(config.width, site.norm_eps)

@@ -144,12 +144,12 @@ REFERENCES: dict[str, Callable[[], ModelConfig]] = {
 }
 
 
-def known_config(name: str) -> ModelConfig:
+def known_config(name: str, *, strict: bool = True) -> ModelConfig:
     """A reference by name, or whatever ModelConfig.from_pretrained finds."""
     if name in REFERENCES:
         return REFERENCES[name]()
     try:
-        return ModelConfig.from_pretrained(name)
+        return ModelConfig.from_pretrained(name, strict=strict)
     except CheckpointError as error:
         if Path(name).exists():
             raise
