@@ -13,11 +13,13 @@ LONGEST_MESSAGE = 2000
 class KvellError(Exception):
     """The base of every error meant for a user: one line that says what is wrong, where, and what would be right.
 
-    It stays one line, and no endless one, whatever a file's names and values hold: what cannot be printed stands as
-    in a Python string, and of a very long message there are the beginning and the end.
+    It stays one line, and no endless one, whatever a file's names and values hold: lines are joined by a space, what
+    else cannot be printed stands as in a Python string, and of a very long message there are the beginning and the
+    end.
     """
 
     def __init__(self, message: str) -> None:
+        message = " ".join(map(str.strip, message.splitlines()))
         if len(message) > LONGEST_MESSAGE:
             message = f"{message[: LONGEST_MESSAGE // 2]} ... {message[-LONGEST_MESSAGE // 2 :]}"
         super().__init__("".join(one if one.isprintable() else repr(one)[1:-1] for one in message))
