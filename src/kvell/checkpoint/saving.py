@@ -104,7 +104,7 @@ def released_form(config: ModelConfig) -> tuple[dict[str, Any], Placements] | No
         values = family.write_config(config)
         # generation_config.json has the tokens that are never chosen: see families/generation_config.py.
         fits = parse_config(json.loads(json.dumps(values))) == config.model_copy(update={"suppress_tokens": ()})
-    except (ConfigError, AttributeError, TypeError):
+    except ConfigError:  # no spelling, or one that the family itself does not read
         return None
     return (values, family.placements(config)) if fits else None
 

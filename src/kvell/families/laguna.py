@@ -191,7 +191,11 @@ def _dense_layers(text: Released, layers: int) -> list[bool]:
 def write_config(config: ModelConfig) -> dict[str, Any]:
     attentions = all_of_kind([layer.attention for layer in config.layers], GroupedQuery, "laguna")
     types = ["full_attention" if a.sliding_window is None else "sliding_attention" for a in attentions]
-    feed_forwards = [layer.feed_forward for layer in config.layers]
+    feed_forwards: list[GatedMLP | MixtureOfExperts] = []
+    for layer in config.layers:
+        if not isinstance(layer.feed_forward, GatedMLP | MixtureOfExperts):
+            raise ConfigError(f"laguna config: there is no spelling for {type(layer.feed_forward).__name__}")
+        feed_forwards.append(layer.feed_forward)
     dense = next((f for f in feed_forwards if isinstance(f, GatedMLP)), None)
     sparse = next((f for f in feed_forwards if isinstance(f, MixtureOfExperts)), None)
     window = next((a.sliding_window for a in attentions if a.sliding_window is not None), None)
@@ -200,7 +204,7 @@ def write_config(config: ModelConfig) -> dict[str, Any]:
         "model_type": "laguna",
         "vocab_size": config.vocab_size,
         "hidden_size": config.hidden_size,
-        "hidden_act": RELEASED_ACTIVATIONS[(dense or sparse).activation],  # type: ignore[union-attr]
+        "hidden_act": RELEASED_ACTIVATIONS[(dense or feed_forwards[0]).activation],
         "intermediate_size": dense.intermediate_size if dense else config.hidden_size,
         "num_hidden_layers": config.num_layers,
         "num_attention_heads": attentions[0].num_heads,
