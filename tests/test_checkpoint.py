@@ -559,6 +559,8 @@ def test_a_save_that_fails_or_is_killed_at_any_rename_leaves_no_mixture(
             loaded = kvell.from_pretrained(folder)
         except kvell.CheckpointError:
             assert "unchanged" not in message
+            former = (folder / ".former-config.json").read_bytes()
+            assert former == (tmp_path / "old" / "config.json").read_bytes()
         else:
             is_new = torch.equal(loaded.norm.weight, new["norm.weight"])
             assert (loaded.config == model.config) == (is_new or not config_changes)
@@ -566,6 +568,7 @@ def test_a_save_that_fails_or_is_killed_at_any_rename_leaves_no_mixture(
                 assert torch.equal(tensor, (new if is_new else old)[name]), name
         model.save_pretrained(folder, max_shard_bytes=sizes[1])
         files = {path.name for path in folder.iterdir()}
+        assert ".former-config.json" not in files
         again = kvell.from_pretrained(folder)
         assert torch.equal(again.norm.weight, new["norm.weight"])
         index = folder / "model.safetensors.index.json"
@@ -618,7 +621,7 @@ for target in sys.argv[1:]:
         tmp_path / "new",
     )
     assert contents(tmp_path) == before
-    assert not any(".saving" in path.name for path in tmp_path.rglob("*"))
+    assert not any("saving" in path.name for path in tmp_path.rglob("*"))
 
 
 def test_a_full_disk_leaves_the_old_cache_and_no_scratch(tmp_path: Path) -> None:
@@ -646,7 +649,7 @@ else:
         path,
     )
     assert contents(tmp_path) == before
-    assert not any(".saving" in path.name for path in tmp_path.rglob("*"))
+    assert not any("saving" in path.name for path in tmp_path.rglob("*"))
     loaded = kvell.Cache.load(path, model)
     step = torch.tensor([[5]])
     assert torch.equal(model(step, cache=loaded), model(step, cache=cache))

@@ -9,8 +9,6 @@ filled up with spaces, and the tensors whose size is no such multiple, the small
 
 import json
 import os
-import shutil
-import tempfile
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -20,6 +18,7 @@ import torch
 from torch import Tensor
 
 from kvell.errors import CheckpointError
+from kvell.scratch import scratch_in
 
 ALIGNMENT = 64
 DTYPE_NAMES = {
@@ -58,6 +57,7 @@ def read_json(file: Path) -> dict[str, Any]:
 
 def write_safetensors(path: Path, tensors: Mapping[str, Tensor], metadata: dict[str, str] | None = None) -> None:
     """Writes one file; whatever stood at `path` stays until the new file is whole. CheckpointError if it fails."""
+    check_name(path)
     with beside(path.parent) as scratch:
         save_to(scratch / path.name, tensors, metadata)
         move_in(scratch, path.parent, [path.name])
@@ -108,14 +108,22 @@ def check_places(folder: Path, names: list[str]) -> None:
 
 @contextmanager
 def beside(folder: Path) -> Iterator[Path]:
-    """A scratch folder inside `folder`, so that renaming out of it is atomic; gone afterwards in any case."""
-    scratch = None
+    """A scratch folder inside `folder` (scratch.py), which is made if need be. CheckpointError for whatever the
+    system refuses meanwhile: what stood in the folder must then be unchanged."""
+    check_name(folder)
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        scratch = Path(tempfile.mkdtemp(prefix=".saving-", dir=folder))
-        yield scratch
-    except (OSError, ValueError) as error:  # a name with a NUL in it is a ValueError
+        with scratch_in(folder) as scratch:
+            yield scratch
+    except OSError as error:
         raise CheckpointError(f"could not save to {folder}: {error}; what stood there is unchanged") from error
-    finally:
-        if scratch is not None:
-            shutil.rmtree(scratch, ignore_errors=True)
+
+
+def check_name(path: Path) -> None:
+    """CheckpointError for a path that no file can have."""
+    try:
+        possible = b"\0" not in os.fsencode(path)
+    except UnicodeEncodeError:
+        possible = False
+    if not possible:
+        raise CheckpointError(f"could not save to {str(path)!r}: no file can have this name")

@@ -19,7 +19,7 @@ from kvell.families.generation_config import updated
 from kvell.files import beside, check_places, save_to
 from kvell.model import Decoder
 
-CONFIG = "config.json"
+CONFIG, FORMER = "config.json", ".former-config.json"
 
 
 def save_pretrained(model: Decoder, folder: Path, max_shard_bytes: int) -> None:
@@ -53,24 +53,26 @@ def _move_in(scratch: Path, folder: Path, names: list[str]) -> None:
     New shards have names of their own: up to here nothing reads them. What makes them the model's is one rename, that
     of the index or the single file, or, where a single file stood before, which is read rather than an index, its
     removal. Where the config or generation_config.json changes with it, the old config goes first and the new one
-    comes last: in between, the folder does not load.
+    comes last: in between, the folder does not load. A process that is killed there leaves the old one under another
+    name, until the next save is done.
     """
     head, shards = (SINGLE, []) if names == [SINGLE] else (INDEX, names)
     check_places(folder, [*names, head, CONFIG, GENERATION])
     config = folder / CONFIG
     generates_otherwise = (scratch / GENERATION).exists()
     changes = generates_otherwise or not config.exists() or config.read_bytes() != (scratch / CONFIG).read_bytes()
-    former = scratch / f"former-{CONFIG}"
+    withdrawn = False
     try:
         for name in shards:
             os.replace(scratch / name, folder / name)
         if changes and config.exists():
-            os.replace(config, former)
+            os.replace(config, folder / FORMER)
+            withdrawn = True
         os.replace(scratch / head, folder / head)
     except OSError:
         with _half_saved(folder):
-            if former.exists():
-                os.replace(former, config)
+            if withdrawn:
+                os.replace(folder / FORMER, config)
             for name in shards:
                 (folder / name).unlink(missing_ok=True)
         raise
@@ -80,6 +82,7 @@ def _move_in(scratch: Path, folder: Path, names: list[str]) -> None:
             os.replace(scratch / GENERATION, folder / GENERATION)
         if changes:
             os.replace(scratch / CONFIG, config)
+        (folder / FORMER).unlink(missing_ok=True)
         for stale in folder.glob("model-*-of-*.safetensors"):
             if stale.name not in names and stale.is_file():
                 stale.unlink()

@@ -187,7 +187,7 @@ class Run:
             copy.load_state_dict(weights)
             copy.to(getattr(torch, self.config.save_dtype)).save_pretrained(self.folder)
             with beside(self.folder) as scratch:
-                tokenizer.save(str(scratch / "tokenizer.json"))
+                (scratch / "tokenizer.json").write_text(tokenizer.to_str(pretty=True), "utf-8")
                 move_in(scratch, self.folder, ["tokenizer.json"])
         self.processes.wait()
 
