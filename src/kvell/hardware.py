@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from kvell.errors import InputError, whole_number
+from kvell.private_files import make_private
 
 if TYPE_CHECKING:
     import torch
@@ -43,9 +44,10 @@ def peak_resident_bytes() -> int:
 
 def check_compiler(device: "torch.device", otherwise: str) -> None:
     """InputError where torch has nothing to compile with, a C++ compiler for the CPU, Triton for others; it ends with
-    what can be done `otherwise`."""
+    what can be done `otherwise`. Also where other users can write to the folder that torch keeps its code in."""
     from torch._inductor.cpp_builder import get_cpp_compiler
     from torch._inductor.exc import InvalidCxxCompiler
+    from torch._inductor.runtime.cache_dir_utils import default_cache_dir
     from torch.utils._triton import has_triton
 
     if device.type == "cpu":
@@ -58,6 +60,13 @@ def check_compiler(device: "torch.device", otherwise: str) -> None:
             ) from None
     elif not has_triton():
         raise InputError(f"compile: no Triton works on {device}: install it, or {otherwise}")
+    # Where torch keeps what it compiles on the way, of which some goes to the first of them whatever is set.
+    folders = {"TMPDIR": default_cache_dir()}
+    if named := os.environ.get("TORCHINDUCTOR_CACHE_DIR"):
+        folders["TORCHINDUCTOR_CACHE_DIR"] = named
+    for variable, folder in folders.items():
+        with keeping_code_in(Path(folder).absolute(), f"name a folder of your own in the environment's {variable}"):
+            pass
 
 
 def user_code_folder() -> Path:
@@ -65,12 +74,17 @@ def user_code_folder() -> Path:
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache").absolute() / "kvell"
 
 
+OWN_FOLDER = "name a folder of your own, by folder= or by XDG_CACHE_HOME in the environment"
+
+
 @contextmanager
-def keeping_code_in(folder: Path) -> Iterator[None]:
-    """What goes wrong while code is compiled for this folder is an InputError."""
+def keeping_code_in(folder: Path, otherwise: str = OWN_FOLDER) -> Iterator[None]:
+    """A folder that code is compiled for and loaded from, made where it is missing. What goes wrong meanwhile is an
+    InputError, and so is a folder that other users can write to, with what can be done `otherwise`."""
     from torch._inductor.exc import CppCompileError
 
     try:
+        make_private(folder, otherwise)
         yield
     except OSError as error:
         raise InputError(f"compiled code cannot be kept in {folder}: {error.strerror or error}") from None

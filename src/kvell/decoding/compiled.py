@@ -18,7 +18,6 @@ and the number of threads. Tracing takes seconds, compiling a quarter of a minut
 """
 
 import hashlib
-import os
 import tempfile
 import threading
 import warnings
@@ -36,6 +35,7 @@ from kvell.hardware import keeping_code_in, processor
 from kvell.kernels import use
 from kvell.kernels.cpp.decode import ELEMENTS, decode_operator
 from kvell.layers.key_values import KeyValueAttention
+from kvell.private_files import is_kept, keep
 from kvell.step import Step
 
 if TYPE_CHECKING:
@@ -171,12 +171,12 @@ def machine_code(
     }
     file = folder / f"{_digest(program, weights, settings)}.pt2"
     with keeping_code_in(folder):
-        if not file.exists():
+        if not is_kept(file):
             _compile(program, file, settings)
     try:
         code: Any = torch._inductor.aoti_load_package(str(file), run_single_threaded=True)
-    except (OSError, RuntimeError):
-        raise InputError(f"compiled code in {file} cannot be read: delete it, and it is made anew") from None
+    except (OSError, RuntimeError) as error:
+        raise InputError(f"compiled code in {file} cannot be read: delete it, and it is made anew") from error
     used = {name: weights[name].detach() for name in code.get_constant_fqns()}
     code.load_constants(used, check_full_update=True, user_managed=True)
     return code.loader.run, used
@@ -193,10 +193,9 @@ def _digest(program: torch.export.ExportedProgram, weights: Mapping[str, Any], s
 
 def _compile(program: torch.export.ExportedProgram, file: Path, settings: Mapping[str, Any]) -> None:
     """Aside first, so that whoever finds the file finds all of it."""
-    file.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=file.parent) as aside, warnings.catch_warnings():
         warnings.simplefilter("ignore", FutureWarning)  # torch's, of its own code
         made = torch._inductor.aoti_compile_and_package(
             program, package_path=str(Path(aside) / file.name), inductor_configs=dict(settings)
         )
-        os.replace(made, file)
+        keep(Path(made), file)

@@ -6,7 +6,6 @@ compiled before a caller asks for it: `kernels.use("cpp")`, or a decoding step t
 """
 
 import hashlib
-import os
 import shutil
 import tempfile
 from functools import cache
@@ -18,6 +17,7 @@ import torch
 from kvell.errors import InputError
 from kvell.hardware import check_compiler, keeping_code_in, processor
 from kvell.kernels.choice import code_folder
+from kvell.private_files import is_kept, keep
 
 HERE, COMMON = Path(__file__).parent, "common.h"
 # After those that torch compiles its own kernels with, which leave out fused products.
@@ -38,7 +38,7 @@ def _operator(kernel: str, constants: Constants, folder: Path) -> Any:
     said += [str(flags), torch.__version__, processor()]
     file = folder / f"{name}-{hashlib.sha256(''.join(said).encode()).hexdigest()[:32]}.so"
     with keeping_code_in(folder):
-        if not file.exists():
+        if not is_kept(file):
             _compile(kernel, file, flags)
     if not hasattr(torch.ops.kvell, name):  # from whichever folder: an operator can be defined once
         try:
@@ -62,7 +62,6 @@ def _compile(kernel: str, file: Path, flags: list[str]) -> None:
     from torch._inductor.cpu_vec_isa import invalid_vec_isa
 
     check_compiler(torch.device("cpu"), "do without kernels in C++")
-    file.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory() as work, tempfile.TemporaryDirectory(dir=file.parent) as aside:
         for source in (COMMON, f"{kernel}.cpp"):
             shutil.copy(HERE / source, work)
@@ -70,4 +69,4 @@ def _compile(kernel: str, file: Path, flags: list[str]) -> None:
         options = CppTorchOptions(vec_isa=invalid_vec_isa, extra_flags=flags)
         builder: Any = CppBuilder(name=kernel, sources=f"{work}/{kernel}.cpp", BuildOption=options, output_dir=work)
         builder.build()
-        os.replace(shutil.copy(builder.get_target_file_path(), aside), file)
+        keep(Path(shutil.copy(builder.get_target_file_path(), aside)), file)
