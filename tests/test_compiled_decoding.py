@@ -7,7 +7,9 @@ import copy
 import os
 import subprocess
 import sys
+import threading
 from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
@@ -268,6 +270,47 @@ def test_what_cannot_be_compiled_is_refused_in_words(tmp_path: Path, monkeypatch
         "error: compile: no C++ compiler works here: install g++, name another in the environment's CXX, "
         "or decode without compiling"
     ]
+
+
+def test_threads_that_decode_with_one_model_take_turns(folder: Path) -> None:
+    """While a step calls back what asks the cache, another thread may run; its own step begins when that one is
+    over."""
+    model = random_model(model_like("deepseek_v4"))
+    compiled = copy.deepcopy(model).compile_decoding(folder=folder)
+    step = compiled._compiled[1]
+    run, part = step.run, step.left_out.parts[0]
+    inside, most = 0, 0
+    second = threading.Event()
+
+    def noted(given: list[Tensor]) -> list[Tensor]:
+        nonlocal inside, most
+        inside += 1
+        most = max(most, inside)
+        if inside == 2:
+            second.set()
+        try:
+            return run(given)
+        finally:
+            inside -= 1
+
+    def waiting(*given: Any) -> Tensor:
+        second.wait(0.05)
+        return part(*given)
+
+    step.run, step.left_out.parts[0] = noted, waiting
+
+    @torch.no_grad()
+    def decode(tokens: Tensor) -> Tensor:
+        cache = compiled.make_cache()
+        return torch.cat([compiled(token, cache=cache) for token in tokens.split(1, dim=1)], dim=1)
+
+    prompts = [draw_tokens(1, 9) for _ in range(3)]
+    with ThreadPoolExecutor(3) as threads:
+        decoded = list(threads.map(decode, prompts))
+    with torch.no_grad():
+        for logits, prompt in zip(decoded, prompts, strict=True):
+            assert_same(logits, model(prompt))
+    assert most == 1
 
 
 def test_generate_says_the_same_compiled(

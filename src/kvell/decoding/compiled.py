@@ -117,10 +117,11 @@ class _OneToken(nn.Module):
 
 
 class CompiledStep:
-    """A model's step of one token for each of `batch_size` sequences."""
+    """A model's step of one token for each of `batch_size` sequences. One step runs at a time: threads take turns."""
 
     def __init__(self, model: "Decoder", batch_size: int, folder: Path) -> None:
         """InputError where nothing can be compiled."""
+        self.lock = threading.Lock()
         self.weights, self.num_layers = Weights(model), len(model.config.layers)
         self.folder: Path | None = folder
         traced = _OneToken(model, self._keep)
@@ -147,7 +148,10 @@ class CompiledStep:
         rows, held = row_table(self.left_out.attentions, self.num_layers, step)
         _running.step, _running.parts, _running.error = step, self.left_out.parts, None
         try:
-            logits: Tensor = self.run([tokens, step.positions, rows])[0]
+            # The package is loaded to run on one thread at a time: its runs share one state. What is called back lets
+            # other threads of Python run meanwhile.
+            with self.lock:
+                logits: Tensor = self.run([tokens, step.positions, rows])[0]
             return logits
         except RuntimeError:
             # On its way through the machine code an error in a part has lost what it is.
