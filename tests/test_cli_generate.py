@@ -389,8 +389,10 @@ def test_a_warning_is_one_line(
 
 
 def start(code: str, *arguments: str, **streams: Any) -> subprocess.Popen[bytes]:
-    """The command line as a process of its own, after `code` has prepared it."""
-    script = f"import sys; {code}; from kvell.cli import main; sys.exit(main())"
+    """The command line as a process of its own, after `code` has prepared it. It minds Ctrl-C, as in a terminal: what
+    a shell starts in the background ignores it, and so do all that this starts."""
+    minds = "import signal; signal.signal(signal.SIGINT, signal.default_int_handler)"
+    script = f"import sys; {minds}; {code}; from kvell.cli import main; sys.exit(main())"
     here = str(Path(__file__).parent)
     path = os.pathsep.join(filter(None, [here, os.environ.get("PYTHONPATH")]))
     return subprocess.Popen(
