@@ -2,16 +2,12 @@
 
 import os
 from collections.abc import Iterator
-from importlib.util import find_spec
-from pathlib import Path
 
 import jaxtyping
+from shape_checks import modules_with_shapes
 
-KVELL = Path(find_spec("kvell").origin).parent  # type: ignore[union-attr, arg-type]
-# Before anything imports kvell: modules already imported would go unchecked. What is in Triton is not Python.
-CHECKED = ["kvell.cache", "kvell.layers", "kvell.model", "kvell.step", "kvell.generation.sampling"]
-CHECKED += [f"kvell.kernels.{file.stem}" for file in (KVELL / "kernels").glob("*.py")]
-jaxtyping.install_import_hook(CHECKED, "shape_checks.checked")
+# Before anything imports kvell: modules already imported would go unchecked.
+jaxtyping.install_import_hook(modules_with_shapes(), "shape_checks.checked")
 
 import pytest  # noqa: E402
 import torch  # noqa: E402

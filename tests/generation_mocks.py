@@ -122,7 +122,7 @@ class MockDraftingModel(MockModel):
         before = len(cache.tokens)
         logits = super().forward(tokens, cache, last_only)
         rows = [[before + index, token, 0] for index, token in enumerate(tokens[0].tolist())]
-        return (logits, torch.tensor([rows])) if return_streams else logits
+        return (logits, torch.tensor([rows], dtype=torch.float32)) if return_streams else logits
 
     def draft(self, streams: Tensor, next_tokens: Tensor, cache: MockCache) -> tuple[Tensor, Tensor]:
         assert cache is self.draft_cache
@@ -137,7 +137,7 @@ class MockDraftingModel(MockModel):
             logits.append(row.roll(1) if position + 2 in self.wrong else row)
             own.append([position + 1, following, 1])
         cache.add(rows[len(cache.tokens) :])
-        return torch.stack(logits)[None], torch.tensor([own])
+        return torch.stack(logits)[None], torch.tensor([own], dtype=torch.float32)
 
 
 def byte_level_backend(added: Sequence[str] = ()) -> tokenizers.Tokenizer:
