@@ -1,5 +1,6 @@
 """`kvell generate`, and what every command has in common."""
 
+import errno
 import io
 import json
 import os
@@ -430,6 +431,17 @@ def test_ctrl_c_outside_a_command_is_no_traceback_either(monkeypatch: pytest.Mon
 
     monkeypatch.setattr("kvell.cli.application", interrupted)
     assert main(["generate"]) == 130
+
+
+def test_an_error_of_a_file_is_not_taken_for_one_of_the_output(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def refused(*_: Any, **__: Any) -> None:
+        raise PermissionError(errno.EACCES, "Permission denied", "/somewhere/file")
+
+    monkeypatch.setattr("kvell.cli.application", refused)
+    assert main(["generate"]) == 1
+    assert capsys.readouterr().err == "error: /somewhere/file: Permission denied\n"
 
 
 def test_a_reader_that_leaves_ends_the_text_quietly(directory: Path) -> None:

@@ -60,8 +60,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
         except BrokenPipeError:
             console.drop_stdout()
             return 1
-        except OSError as error:  # stdout's: what concerns a user's files is a KvellError
-            console.drop_stdout()
+        except OSError as error:
+            if error.filename is not None:  # a file's or a folder's, where no command had words for it
+                return console.fail(f"{error.filename}: {error.strerror}", code=1)
+            console.drop_stdout()  # which has no name
             return console.fail(f"the output cannot be written: {error}", code=1)
         except KeyboardInterrupt:
             return 130
