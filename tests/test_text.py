@@ -314,7 +314,9 @@ def test_truncation_and_padding_of_whoever_used_the_file_last_are_taken_off(tmp_
         assert tokenizer.encode(text) == BYTE_LEVEL.encode(text) == theirs(text).input_ids
 
 
-def test_a_lone_surrogate_is_an_error() -> None:
+def test_a_lone_surrogate_and_what_is_no_text_are_errors() -> None:
+    with pytest.raises(InputError, match="the text must be a string, not int"):
+        BYTE_LEVEL.encode(5)  # type: ignore[arg-type]
     with pytest.raises(InputError, match="lone surrogate"):
         BYTE_LEVEL.encode("caf\udce9")
 

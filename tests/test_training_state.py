@@ -105,6 +105,8 @@ def damaged(checkpoint: Path, how: str) -> None:
         tensors["model.embedding.weight"] = torch.zeros(320, 17)
     elif how == "rounded":
         tensors["model.embedding.weight"] = tensors["model.embedding.weight"].bfloat16()
+    elif how == "no random numbers":
+        tensors["random_state"].zero_()
     elif how == "no progress":
         (checkpoint / "progress.json").write_text('{"step": "many"}')
     rows = {"model.embedding.weight": [0, 400]} if how == "in part" else {}
@@ -120,7 +122,8 @@ def damaged(checkpoint: Path, how: str) -> None:
         ("wider", r"embedding.weight is F32 of the shape \[320, 17\], and in this run F32 of the shape \[320, 16\]"),
         ("rounded", "model.embedding.weight is BF16 of the shape .*, and in this run F32"),
         ("in part", r"model.embedding.weight is F32 of the shape \[400, 16\]"),
-        ("metadata", "step-00000001 cannot be read: "),
+        ("metadata", "safetensors is damaged: rows: "),
+        ("no random numbers", "step-00000001 cannot be read: random_state: "),
         ("no progress", "progress.json is damaged: .* integer"),
     ],
 )

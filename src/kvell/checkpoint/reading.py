@@ -75,8 +75,10 @@ class TensorFiles:
         _check_inside(file)
         try:
             self._opened[file] = safe_open(file, "pt")
-        except (SafetensorError, OSError) as error:
+        except SafetensorError as error:
             raise CheckpointError(f"{file} is damaged or cut short: {error}") from None
+        except OSError as error:
+            raise CheckpointError(f"{file} cannot be read: {error}") from None
         return set(self._opened[file].keys())
 
 

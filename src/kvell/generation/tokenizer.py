@@ -48,6 +48,8 @@ class Tokenizer:
                 self._backend.encode_special_tokens = not parse_special_tokens
                 ids: list[int] = self._backend.encode(text, add_special_tokens=add_special_tokens).ids
         except TypeError as error:
+            if not isinstance(text, str):
+                raise InputError(f"the text must be a string, not {type(text).__name__}") from None
             raise InputError("the text holds a lone surrogate, which is no character") from error
         if add_special_tokens and self._bos_token_id is not None and ids[:1] != [self._bos_token_id]:
             ids.insert(0, self._bos_token_id)

@@ -32,7 +32,7 @@ from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_
 from torch.optim import Optimizer
 
 from kvell.errors import CheckpointError, InputError
-from kvell.files import beside, move_in
+from kvell.files import beside, move_in, read_json
 from kvell.model import Decoder
 from kvell.training.corpus import digest, shown
 from kvell.training.parallel import Processes
@@ -64,10 +64,7 @@ class Run:
         """
         found = self.checkpoints()
         if found and not fresh:
-            try:
-                begun = TrainingConfig.of(json.loads((self.folder / CONFIG).read_text()), CONFIG)
-            except (OSError, ValueError) as error:
-                raise CheckpointError(f"{self.folder / CONFIG} cannot be read: {error}") from None
+            begun = TrainingConfig.of(read_json(self.folder / CONFIG), CONFIG)
             if changed := differences(self.config, begun):
                 raise InputError(
                     f"{self.folder} holds a run with another config, differing in {'; '.join(changed)}: "
@@ -90,12 +87,11 @@ class Run:
         """Keeps what a new run learns from, or demands that it is the same still: InputError, with what differs."""
         inputs = {"tokenizer": digest(tokenizer.to_str()), "documents": digests}
         if goes_on:
-            try:
-                begun = json.loads((self.folder / INPUTS).read_text())
-                documents, same_tokenizer = begun["documents"], begun["tokenizer"] == inputs["tokenizer"]
-                changed = changes(dict(documents), digests)
-            except (OSError, ValueError, KeyError, TypeError) as error:
-                raise CheckpointError(f"{self.folder / INPUTS} cannot be read: {error}") from None
+            begun = read_json(self.folder / INPUTS)
+            documents = begun.get("documents")
+            if not isinstance(documents, dict) or "tokenizer" not in begun:
+                raise CheckpointError(f"{self.folder / INPUTS} cannot be read: it names no documents or no tokenizer")
+            changed, same_tokenizer = changes(documents, digests), begun["tokenizer"] == inputs["tokenizer"]
             if changed or not same_tokenizer:
                 what = "; ".join(changed or ["the tokenizer is another"])
                 raise InputError(

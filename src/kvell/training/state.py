@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from pydantic import NonNegativeInt, PositiveInt, TypeAdapter, ValidationError
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 from torch.distributed.checkpoint.state_dict import (
@@ -32,6 +33,8 @@ from kvell.files import DTYPE_NAMES, save_to
 from kvell.model import Decoder
 
 ROWS, RANDOM = "rows", "random_state"
+# Of a tensor that several files share: the first of the rows that a file has, and how many there are in all.
+DIVIDED = TypeAdapter(dict[str, tuple[NonNegativeInt, PositiveInt]])
 
 
 @dataclass(frozen=True)
@@ -83,9 +86,12 @@ def load_state(folder: Path, model: Decoder, optimizers: list[Optimizer]) -> Non
             piece = Piece.held(tensor)
             local = tensor if piece is None else piece.values
             local.copy_(stored.read(name, local, 0 if piece is None else piece.first))
-        torch.set_rng_state(tensors[RANDOM])
-    except (SafetensorError, OSError, ValueError, TypeError, RuntimeError) as error:
+    except (SafetensorError, OSError) as error:
         raise CheckpointError(f"{folder} cannot be read: {error}") from None
+    try:
+        torch.set_rng_state(tensors[RANDOM])
+    except RuntimeError as error:
+        raise CheckpointError(f"{folder} cannot be read: {RANDOM}: {error}") from None
     set_model_state_dict(model, of_model)
     set_optimizer_state_dict(model, optimizers, of_optimizers)
 
@@ -125,7 +131,10 @@ class Stored:
         self._places: dict[str, list[Place]] = {}
         for path in paths:
             file: Any = safe_open(path, "pt")
-            divided = json.loads((file.metadata() or {}).get(ROWS, "{}"))
+            try:
+                divided = DIVIDED.validate_json((file.metadata() or {}).get(ROWS, "{}"))
+            except ValidationError as error:
+                raise CheckpointError(f"{path} is damaged: {ROWS}: {error.errors()[0]['msg']}") from None
             for name in file.keys():  # noqa: SIM118
                 stored = file.get_slice(name)
                 shape = stored.get_shape()
