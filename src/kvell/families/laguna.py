@@ -6,6 +6,7 @@ from dataclasses import replace
 from typing import Any
 
 from kvell.config import LayerConfig, ModelConfig
+from kvell.errors import ConfigError
 from kvell.families.family import (
     ACTIVATION_NAMES,
     KINDS,
