@@ -41,8 +41,8 @@ CONFIG = "config.json"
 SECONDS = 10
 MEGABYTES = 300
 LONGEST_MESSAGE = 4000
-# The largest number that takes the place of another: tables of names for a thousand million experts fill any memory.
-LARGEST_COUNT = 2000
+# The largest number that takes the place of another.
+LARGEST_COUNT = 10**9
 
 # The folders that are mutated: every family, small, in the spelling of released files.
 
@@ -312,9 +312,11 @@ def change_json(draw: random.Random, file: Path) -> str:
     """One value of a JSON file replaced, dropped, moved to another name, or stated twice."""
     try:
         values = json.loads(file.read_text("utf-8"))
-        where, key = random_place(draw, values)
-    except (OSError, ValueError, TypeError, RecursionError, IndexError):
+    except (OSError, ValueError, RecursionError):
+        values = None
+    if not isinstance(values, dict | list) or not values:  # as an earlier mutation may have left it
         return change_bytes(draw, file)
+    where, key = random_place(draw, values)
     what = draw.choice(["replace", "replace", "replace", "replace", "drop", "rename", "add", "twice"])
     if what == "drop":
         del where[key]
