@@ -5,20 +5,19 @@ it reads, which feed-forward, where the norms stand.
 """
 
 import hashlib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Literal, NamedTuple, Self, get_args, get_origin
+from typing import Annotated, Any, Literal, NamedTuple, Self, get_args, get_origin
 
 from pydantic import NonNegativeInt, PositiveFloat, PositiveInt, ValidationError, model_validator
 
 from kvell.cache import StreamSpec
 from kvell.errors import ConfigError
 from kvell.layers import Attention, Connection, FeedForward
-from kvell.layers.key_values import KEY_VALUES
-from kvell.layers.part import Part, Site
+from kvell.layers.part import Part, Site, Source
 from kvell.layers.per_layer_embedding import PerLayerEmbedding
+from kvell.layers.registry import Registry
 from kvell.layers.residual import PlainResidual
-from kvell.layers.routers import ROUTER_STATE
 
 NormPlacement = Literal["pre", "sandwich", "post"]
 
@@ -46,11 +45,6 @@ class LayerConfig(Part):
     attention_norm: NormPlacement = "pre"
     feed_forward_norm: NormPlacement = "pre"
     layer_scalar: bool = False
-
-    @property
-    def stands_alone(self) -> bool:
-        """Whether the layer reads nothing of another's."""
-        return self.attention.kv_source is None and self.feed_forward.state_source is None
 
 
 class DraftConfig(Part):
@@ -101,24 +95,23 @@ class ModelConfig(Part):
         if len(self.layers) > MOST_LAYERS:
             raise ValueError(f"layers: there are {len(self.layers)}, and Kvell builds no more than {MOST_LAYERS:,}")
         for index, layer in enumerate(self.layers):
-            self._check_source(index, "attention.kv_source", layer.attention, layer.attention.kv_source)
-            self._check_source(
-                index, "feed_forward.state_source", layer.feed_forward, layer.feed_forward.state_source
-            )
-        if self.draft is not None and not self.draft.layer.stands_alone:
+            for source in layer.layer_sources():
+                self._check_source(index, source)
+        if self.draft is not None and any(self.draft.layer.layer_sources()):
             raise ValueError("draft.layer: it stands behind the model and reads nothing that a layer made")
-        if self.draft is not None and getattr(self.draft.layer.attention, "indexer", None) is not None:
+        if self.draft is not None and self.draft.layer.attention.has_own_loss:
             raise ValueError("draft.layer.attention.indexer: a draft block's indexer would never be trained")
         return self
 
-    def _check_source(self, index: int, field: str, part: Any, source: int | None) -> None:
+    def _check_source(self, index: int, source: Source) -> None:
         """ValueError if layer `index` reads from another what that one does not have."""
-        if source is None:
-            return
-        if source >= index:
-            raise ValueError(f"layers.{index}.{field}: {source} is not an earlier layer")
-        if problem := part.check_source(getattr(self.layers[source], field.split(".")[0])):
-            raise ValueError(f"layers.{index}.{field}: cannot read layer {source}, {problem}")
+        place = f"layers.{index}.{source.path}"
+        if source.layer >= index:
+            raise ValueError(f"{place}: {source.layer} is not an earlier layer")
+        block = source.path.split(".")[0]  # attention or feed_forward: each reads its like
+        reader, read = getattr(self.layers[index], block), getattr(self.layers[source.layer], block)
+        if problem := reader.check_source(read):
+            raise ValueError(f"{place}: cannot read layer {source.layer}, {problem}")
 
     @property
     def num_layers(self) -> int:
@@ -147,20 +140,19 @@ class ModelConfig(Part):
 
     def reads(self) -> frozenset[tuple[int, str]]:
         """What layers read of earlier ones, by the earlier one's index and what it is."""
-        keys = ((layer.attention.kv_source, KEY_VALUES) for layer in self.layers)
-        states = ((layer.feed_forward.state_source, ROUTER_STATE) for layer in self.layers)
-        return frozenset((source, name) for source, name in [*keys, *states] if source is not None)
+        return frozenset((source.layer, source.what) for layer in self.layers for source in layer.layer_sources())
 
     def with_released_rounding(self) -> Self:
         """The same model with the rounding that its released inference code applies to what it caches, simulated.
         ConfigError where no layer has one, or its formats do not fit."""
-        layers = [layer.model_dump() for layer in self.layers]
-        rounded = [layer["attention"] for layer in layers if "released_rounding" in layer["attention"]]
-        if not rounded:
+        rounded = [layer.attention.rounded_as_released() for layer in self.layers]
+        if not any(rounded):
             raise ConfigError("config: released_rounding: no layer of this model rounds what it caches")
-        for attention in rounded:
-            attention["released_rounding"] = True
-        return type(self).from_dict(self.model_dump() | {"layers": layers})
+        layers = [
+            layer if attention is None else layer.model_copy(update={"attention": attention})
+            for layer, attention in zip(self.layers, rounded, strict=True)
+        ]
+        return type(self).from_dict(self.model_dump() | {"layers": [layer.model_dump() for layer in layers]})
 
     def digest(self) -> str:
         """A short name for the mathematics described: whatever a token's logits depend on, besides the weights."""
@@ -235,13 +227,14 @@ def problems(
 
 
 def _in_words(problem: Any, values: Any, part: type[Part]) -> Problem:
-    path = ".".join(_steps(problem["loc"], values))
+    path = ".".join(map(str, problem["loc"]))  # the last step may be a field that is missing
     message = problem["msg"].removeprefix("Value error, ")
     if problem["type"] == "union_tag_not_found":
         message = "kind is missing"
     elif problem["type"] == "union_tag_invalid":
         message = f"kind {problem['ctx']['tag']!r} is unknown; known are {problem['ctx']['expected_tags']}"
-    elif problem["type"] == "extra_forbidden" and (owner := _part_at(part, problem["loc"][:-1])) is not None:
+    elif problem["type"] == "extra_forbidden":
+        owner = _part_at(part, values, problem["loc"][:-1])
         message = f"{UNKNOWN}; allowed are {', '.join(owner.model_fields)}"
     elif problem["type"] == "missing":
         message = MISSING
@@ -250,32 +243,24 @@ def _in_words(problem: Any, values: Any, part: type[Part]) -> Problem:
     return Problem(path, message)
 
 
-def _part_at(annotation: Any, location: Sequence[int | str]) -> type[Part] | None:
-    """The kind of part that stands at a place of an annotated tree, if one does."""
+def _part_at(part: type[Part], values: Any, location: Sequence[int | str]) -> type[Part]:
+    """The kind of part that stands at a place of a tree of values whose root is a `part`."""
+    for step in location:
+        values = values[step]
+        if isinstance(step, str):
+            field = part.model_fields[step]
+            part = _declared(field.annotation, field.metadata, values) or part
+    return part
+
+
+def _declared(annotation: Any, metadata: Sequence[Any], values: Any) -> type[Part] | None:
+    """The part that an annotation means for these values, by itself or inside a list or an option."""
+    for mark in metadata:
+        if isinstance(mark, Registry):
+            return mark.part_of(values)
+    if get_origin(annotation) is Annotated:
+        annotation, *metadata = get_args(annotation)
+        return _declared(annotation, metadata, values)
     if isinstance(annotation, type) and issubclass(annotation, Part):
-        if not location:
-            return annotation
-        step, *rest = location
-        fields = annotation.model_fields
-        if step in fields:
-            return _part_at(fields[step].annotation, rest)
-        is_kind = "kind" not in fields or step == fields["kind"].default
-        return _part_at(annotation, rest) if is_kind else None
-    if get_origin(annotation) is tuple and location and isinstance(location[0], int):
-        location = location[1:]
-    found = (_part_at(inner, location) for inner in get_args(annotation))
-    return next((one for one in found if one is not None), None)
-
-
-def _steps(location: tuple[int | str, ...], values: Any) -> Iterator[str]:
-    """The steps of a path, without those that pydantic adds: which kind of a part it is, where it could have been
-    another. The last step may be a field that is missing."""
-    for number, step in enumerate(location, start=1):
-        if isinstance(values, Mapping):
-            if step in values or (number == len(location) and step != values.get("kind")):
-                yield str(step)
-            if step in values:
-                values = values[step]
-        elif isinstance(values, Sequence) and isinstance(step, int):
-            yield str(step)
-            values = values[step]
+        return annotation
+    return next((part for inner in get_args(annotation) if (part := _declared(inner, (), values))), None)

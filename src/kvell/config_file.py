@@ -21,6 +21,7 @@ from pydantic import ValidationError
 
 from kvell.config import MOST_LAYERS, LayerConfig, ModelConfig, Problem, in_a_line, problems
 from kvell.errors import CheckpointError, ConfigError
+from kvell.layers.registry import source_fields
 
 Values = dict[str, Any]
 # From the part that a layer begins with, through what uses it, to the layer itself: places in the file, and the layer
@@ -199,7 +200,7 @@ def _absolute(layer: Values, index: int, path: str) -> Values:
         if not isinstance(part, Mapping):
             return part
         result = {key: counted(value, f"{inner}.{key}") for key, value in part.items()}
-        for field in ("kv_source", "state_source"):
+        for field in source_fields():
             source = result.get(field)
             if isinstance(source, int) and not isinstance(source, bool) and source < 0:
                 if index + source < 0:

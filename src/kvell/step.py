@@ -12,7 +12,8 @@ from jaxtyping import Int, Shaped
 from torch import Tensor
 
 from kvell.cache import Cache
-from kvell.layers.rotary import AnyRotary, RotaryTable, rotary_table
+from kvell.layers.contract import RotaryPart
+from kvell.layers.rotary import RotaryTable, rotary_table
 
 Left = tuple[int, str]  # the index of the layer that left something, and what it is
 
@@ -124,7 +125,7 @@ class Step:
         rows = self.made[layer, name]
         return rows if len(rows) == len(self.tokens) else self.select(rows)
 
-    def rotary(self, rotary: AnyRotary, head_dim: int, dtype: torch.dtype) -> RotaryTable:
+    def rotary(self, rotary: RotaryPart, head_dim: int, dtype: torch.dtype) -> RotaryTable:
         """cos and sin for this step's tokens, computed once for all layers that turn alike."""
         key = (rotary, head_dim, dtype)
         if key not in self._tables:

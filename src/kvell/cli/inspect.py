@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Sequence
+from dataclasses import asdict
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -99,7 +100,7 @@ def _describe_layer(index: int, layer: "LayerConfig", parameters: int) -> dict[s
     return {
         "layer": index,
         "attention": layer.attention.kind,
-        **layer.attention.describe(),
+        **asdict(layer.attention.describe()),
         "feed_forward": layer.feed_forward.describe(),
         "parameters": parameters,
     }

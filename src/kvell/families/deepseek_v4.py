@@ -23,9 +23,10 @@ from kvell.families.keys import COMMON_HARMLESS, COMMON_UNSUPPORTED, TRAINING, K
 from kvell.families.released import Released
 from kvell.families.rotary import read_rotary, rotary_keys
 from kvell.layers.compressed import Compressed
+from kvell.layers.contract import RotaryPart
 from kvell.layers.experts import MixtureOfExperts
 from kvell.layers.hyper_connections import HyperConnections
-from kvell.layers.rotary import AnyRotary, DefaultRotary, YarnRotary
+from kvell.layers.rotary import DefaultRotary, YarnRotary
 from kvell.layers.routers import HashRouter
 
 WINDOW, CSA, HCA = "sliding_attention", "compressed_sparse_attention", "heavily_compressed_attention"
@@ -343,7 +344,9 @@ def write_config(config: ModelConfig) -> dict[str, Any]:
     return values
 
 
-def _write_rotary(rotary: AnyRotary, attention: Compressed) -> dict[str, Any]:
+def _write_rotary(rotary: RotaryPart, attention: Compressed) -> dict[str, Any]:
+    if not isinstance(rotary, DefaultRotary | YarnRotary):
+        raise ConfigError(f"deepseek_v4 has no {rotary.kind} rotary embeddings")
     values: dict[str, Any] = {
         "rope_type": rotary.kind,
         "rope_theta": rotary.theta,
@@ -357,8 +360,6 @@ def _write_rotary(rotary: AnyRotary, attention: Compressed) -> dict[str, Any]:
             "beta_slow": rotary.beta_slow,
             "attention_factor": rotary.scale(),
         }
-    elif not isinstance(rotary, DefaultRotary):
-        raise ConfigError(f"deepseek_v4 has no {rotary.kind} rotary embeddings")
     return values
 
 

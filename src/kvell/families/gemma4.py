@@ -398,7 +398,7 @@ def _dead_keys(name: str, config: ModelConfig) -> bool:
     match = re.match(r"^model\.layers\.(\d+)\.self_attn\.(k_proj|v_proj|k_norm|v_norm)\.", canonical(name))
     if match is None or int(match[1]) >= config.num_layers:
         return False
-    return config.layers[int(match[1])].attention.kv_source is not None
+    return any(config.layers[int(match[1])].attention.layer_sources())
 
 
 FAMILY = Family(

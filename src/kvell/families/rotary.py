@@ -4,9 +4,11 @@ import math
 from collections.abc import Mapping
 from typing import Any
 
+from kvell.errors import ConfigError
 from kvell.families.keys import Keys, KeysOf, Unsupported, keys_of
 from kvell.families.released import REQUIRED, Released
-from kvell.layers.rotary import AnyRotary, YarnRotary
+from kvell.layers.contract import RotaryPart
+from kvell.layers.rotary import DefaultRotary, ProportionalRotary, YarnRotary
 
 KINDS = {"default": "default", "proportional": "proportional", "yarn": "yarn"}
 PLAIN = frozenset({"rope_type", "type", "rope_theta", "partial_rotary_factor"})
@@ -82,7 +84,9 @@ def _attention_factor(text: Released, factor: float, default: float | None) -> f
     return (0.1 * scale * math.log(factor) + 1.0) / (0.1 * all_dimensions * math.log(factor) + 1.0)
 
 
-def write_rotary(rotary: AnyRotary) -> dict[str, Any]:
+def write_rotary(rotary: RotaryPart) -> dict[str, Any]:
+    if not isinstance(rotary, DefaultRotary | ProportionalRotary | YarnRotary):
+        raise ConfigError(f"there is no released spelling for {rotary.kind} rotary embeddings")
     values: dict[str, Any] = {"rope_type": rotary.kind, "rope_theta": rotary.theta}
     if rotary.fraction != 1.0:
         values["partial_rotary_factor"] = rotary.fraction

@@ -351,7 +351,7 @@ def _layer_names(layer: LayerConfig) -> dict[str, str]:
     for theirs, ours in CONVOLUTIONS.items():
         names |= {f"self_attn.{theirs}.{leaf}": f"attention.{ours}.{leaf}" for leaf in ("weight", "bias")}
     names |= {f"mlp.gate.{theirs}": f"feed_forward.router.{ours}" for theirs, ours in ROUTER.items()}
-    if layer.feed_forward.state_source is not None:
+    if any(layer.feed_forward.layer_sources()):
         names["mlp.gate.router_states_scale"] = "feed_forward.router.state_scale"
     for theirs, ours in RESIDUAL.items():
         names[f"post_attention_residual_scale.{theirs}"] = f"attention_frame.connection.{ours}"

@@ -43,17 +43,18 @@ from typing import TYPE_CHECKING, Annotated, ClassVar, Literal, NamedTuple, Self
 
 import torch
 from jaxtyping import Float, Int
-from pydantic import Field, NonNegativeInt, PositiveInt, model_validator
+from pydantic import Field, PositiveInt, model_validator
 from torch import Tensor, nn
 
 from kvell.cache import StreamSpec
 from kvell.kernels.compressed import attention_mass, compile_in_cpp, compressed_attention
 from kvell.kernels.rounding import hadamard, round_fp4, round_fp8
-from kvell.layers.compressor import Compressor, EntryCompressor, entry_cost, entry_streams
-from kvell.layers.cost import Cost, Technique, Work, linear, norm, together, vector
+from kvell.layers.compressor import Compressor, EntryCompressor, entry_streams
+from kvell.layers.contract import AttentionDescription, AttentionPart
+from kvell.layers.cost import Technique, WeightRole, Work
 from kvell.layers.grouped_query import GroupedQuery
 from kvell.layers.indexer import EntryIndexer, Indexer, Questions
-from kvell.layers.key_values import KEY_VALUES, unlike
+from kvell.layers.key_values import KEY_VALUES, KeyValueSource, unlike
 from kvell.layers.linear import Linear
 from kvell.layers.norms import RMSNorm
 from kvell.layers.part import Part, Site
@@ -69,7 +70,7 @@ FP8_BLOCK, FP4_BLOCK = 64, 32
 UNLIMITED = 1 << 40
 
 
-class Compressed(Part):
+class Compressed(AttentionPart):
     """A layer of window + compressed attention.
 
     `sliding_window` counts the token itself. `rotary` turns the last `rotary_width` channels of every head, of the
@@ -90,7 +91,7 @@ class Compressed(Part):
     output_rank: PositiveInt
     compressor: Compressor | None = None
     indexer: Indexer | None = None
-    kv_source: NonNegativeInt | None = None
+    kv_source: KeyValueSource = None
     source_picks: bool = False
     released_rounding: bool = False
 
@@ -104,7 +105,7 @@ class Compressed(Part):
             raise ValueError("source_picks: there is no kv_source whose picks these could be")
         if self.source_picks and self.indexer is not None:
             raise ValueError("source_picks: the picks are the source's or the layer's own indexer's, not both")
-        if self.rotary.kind == "proportional" or self.rotary.fraction != 1:
+        if not self.rotary.turns_whole_heads:
             raise ValueError("rotary: rotary_width says how many channels turn: give it a fraction of 1")
         for owner, width in (("head_dim", self.head_dim), ("indexer.head_dim", self._index_width)):
             if width is not None and self.rotary_width > width:
@@ -141,10 +142,10 @@ class Compressed(Part):
         return tuple(specs)
 
     def full_attention_width(self) -> int:
-        """Values a token would hold if this layer kept its keys, which are its values, for every token."""
+        """A key, which is also the value."""
         return self.head_dim
 
-    def released_streams(self, index_form: Literal["fp4", "fp8"] = "fp4") -> tuple[StreamSpec, ...]:
+    def released_streams(self, index_form: Literal["fp4", "fp8"]) -> tuple[StreamSpec, ...]:
         """The streams as DeepSeek's inference code stores them: rows of bytes, whole windows, fp32 for what waits.
 
         A row or an entry is FP8 where no rotary embedding turns it, with a byte of scale per block, filled up to a
@@ -169,46 +170,27 @@ class Compressed(Part):
             for spec in self.streams()
         )
 
-    def cost(self, site: Site, source: Part | None = None) -> Cost:
-        """The projections, the compressor's and the indexer's part, and for each row or entry attended to two
-        products with every query. `source` is the layer that it reads, whose picks it may take."""
-        hidden, queries = site.hidden_size, self.num_heads * self.head_dim
-        groups, rank = self.output_groups, self.output_rank
-        costs = [
-            linear("q_a_proj", self.query_rank, hidden, "projections"),
-            norm("q_a_norm", self.query_rank),
-            linear("q_b_proj", queries, self.query_rank, "projections"),
-            Cost((vector("sink", self.num_heads, part="projections", form="fp32"),)),
-            linear("o_a_proj", groups * rank, queries // groups, "projections"),
-            linear("o_b_proj", hidden, groups * rank, "projections"),
-        ]
-        if self.kv_source is None:
-            costs.append(linear("kv_proj", self.head_dim, hidden, "projections", every_token=True))
-            costs.append(norm("kv_norm", self.head_dim))
-            if self.compressor is not None:
-                costs.append(entry_cost(self.compressor, site, self.head_dim).under("compressor"))
-        if self.indexer is not None and self.compressor is not None:
-            costs.append(self.indexer.cost(self.compressor, site, self.query_rank).under("indexer"))
+    def works(self, site: Site, source: Part | None) -> tuple[Work, ...]:
+        """For each row or entry attended to two products with every query, and the indexer's scores. `source` is the
+        layer that it reads, whose picks it may take."""
         holder = site.index if self.kv_source is None else self.kv_source
-        works = [Work("attention", 2 * queries, most=self.sliding_window, reads=((holder, "window"),))]
-        if self.compressor is not None:
-            picking = getattr(source, "indexer", None) if self.source_picks else self.indexer
-            most = None if picking is None else picking.top_k
-            reads = ((holder, "entry"),)
-            works.append(Work("attention", 2 * queries, stride=self.compressor.ratio, most=most, reads=reads))
-        return together([*costs, Cost(works=tuple(works))])
-
-    def heads_of_rows(self) -> int:
-        """Into how many heads a cached row divides: all heads read the same one."""
-        return 1
+        per_row = 2 * self.num_heads * self.head_dim
+        works = [Work("attention", per_row, most=self.sliding_window, reads=((holder, "window"),))]
+        if self.compressor is None:
+            return tuple(works)
+        if self.indexer is not None:
+            works[:0] = self.indexer.works(self.compressor, site)
+        picking = source.indexer if self.source_picks and isinstance(source, Compressed) else self.indexer
+        most = None if picking is None else picking.top_k
+        entries = Work("attention", per_row, stride=self.compressor.ratio, most=most, reads=((holder, "entry"),))
+        return (*works, entries)
 
     def windowed_streams(self) -> tuple[str, ...]:
-        """The streams that would hold every token if the layer had no window."""
         return () if self.kv_source is not None else ("window",)
 
-    def without(self, technique: Technique, site: Site) -> "Compressed | GroupedQuery":
-        """The layer without a technique that it may have; to be counted, not built. Without compression it keeps
-        every token's row. Its rows serve all heads: it is without grouping only where it does not compress."""
+    def without(self, technique: Technique, site: Site) -> AttentionPart:
+        """Without compression it keeps every token's row. Its rows serve all heads: it is without grouping only where
+        it does not compress."""
         every_row = {"compressor": None, "indexer": None, "source_picks": False, "sliding_window": UNLIMITED}
         if technique == "sharing":
             return self.model_copy(update={"kv_source": None, "source_picks": False})
@@ -236,8 +218,15 @@ class Compressed(Part):
         fields = ("head_dim", "rotary", "rotary_width", "compressor", "released_rounding")
         return unlike(self, source, fields)
 
-    def describe(self) -> dict[str, object]:
-        """What `kvell inspect` says of this layer."""
+    def rounded_as_released(self) -> "Compressed":
+        return type(self)(**self.model_dump() | {"released_rounding": True})
+
+    @property
+    def has_own_loss(self) -> bool:
+        """The indexer's."""
+        return self.indexer is not None
+
+    def describe(self) -> AttentionDescription:
         compression = None
         if self.compressor is not None:
             compression = f"1 entry per {self.compressor.ratio}" + (" overlapping" if self.compressor.overlap else "")
@@ -245,15 +234,15 @@ class Compressed(Part):
                 compression += f", top {self.indexer.top_k}"
             elif self.source_picks:
                 compression += f", those of layer {self.kv_source}"
-        return {
-            "num_heads": self.num_heads,
-            "num_kv_heads": 1,
-            "head_dim": self.head_dim,
-            "sliding_window": self.sliding_window,
-            "kv_source": self.kv_source,
-            "rotary": f"{self.rotary.describe()} of the last {self.rotary_width}",
-            "compression": compression,
-        }
+        return AttentionDescription(
+            num_heads=self.num_heads,
+            num_kv_heads=1,
+            head_dim=self.head_dim,
+            sliding_window=self.sliding_window,
+            kv_source=self.kv_source,
+            rotary=f"{self.rotary.describe()} of the last {self.rotary_width}",
+            compression=compression,
+        )
 
 
 class Rows(NamedTuple):
@@ -267,6 +256,7 @@ class Rows(NamedTuple):
 
 class CompressedAttention(KeepsFp32):
     fp32: ClassVar[tuple[str, ...]] = ("sink",)
+    weight_role: ClassVar[WeightRole] = WeightRole("projections", every_token=("kv_proj",))
 
     def __init__(self, config: Compressed, site: Site) -> None:
         super().__init__()

@@ -21,12 +21,13 @@ from torch import Tensor, nn
 
 from kvell.cache import StreamSpec
 from kvell.kernels.compressor import pooled_entries
-from kvell.layers.cost import Cost, linear, norm, together, vector
+from kvell.layers.contract import RotaryPart
+from kvell.layers.cost import WeightRole
 from kvell.layers.linear import Linear
 from kvell.layers.norms import RMSNorm
 from kvell.layers.part import Part, Site
 from kvell.layers.precision import KeepsFp32
-from kvell.layers.rotary import AnyRotary, rotary_table
+from kvell.layers.rotary import rotary_table
 
 if TYPE_CHECKING:
     from kvell.step import Step
@@ -50,21 +51,13 @@ def entry_streams(name: str, compressor: Compressor, width: int) -> tuple[Stream
     )
 
 
-def entry_cost(compressor: Compressor, site: Site, width: int) -> Cost:
-    """Two projections of every token; pooling is no product of matrices."""
-    channels = width * (2 if compressor.overlap else 1)
-    projections = [
-        linear(name, channels, site.hidden_size, "compressor", every_token=True, form="bf16")
-        for name in ("kv_proj", "gate_proj")
-    ]
-    bias = vector("position_bias", compressor.ratio, channels, part="compressor", form="fp32")
-    return together([*projections, Cost((bias,)), norm("norm", width)])
-
-
 class EntryCompressor(KeepsFp32):
     """Makes the entries of width D that a layer keeps in the stream `name`."""
 
     fp32: ClassVar[tuple[str, ...]] = ("position_bias",)
+    weight_role: ClassVar[WeightRole] = WeightRole(
+        "compressor", form="bf16", every_token=("kv_proj", "gate_proj"), added=("position_bias",)
+    )
 
     def __init__(
         self,
@@ -72,7 +65,7 @@ class EntryCompressor(KeepsFp32):
         site: Site,
         name: str,
         width: int,
-        rotary: AnyRotary,
+        rotary: RotaryPart,
         rotary_width: int,
         rounding: Rounding | None,
     ) -> None:

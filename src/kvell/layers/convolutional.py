@@ -19,28 +19,30 @@ kernels (rows shift, they are not replaced), and the beginning: zeros stand befo
 second one sees its bias there. Nothing but a sequence's own rows ever enters the convolution.
 """
 
-from typing import TYPE_CHECKING, Annotated, Any, Literal, Self
+from dataclasses import replace
+from typing import TYPE_CHECKING, Annotated, ClassVar, Literal
 
 import torch
 from jaxtyping import Float
-from pydantic import Field, NonNegativeInt, PositiveInt, model_validator
+from pydantic import Field, PositiveInt
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from kvell.cache import StreamSpec
 from kvell.kernels.convolution import convolved_heads
-from kvell.layers.cost import Cost, Technique, Weight, Work, linear, together, vector
+from kvell.layers.contract import AttentionDescription, AttentionPart
+from kvell.layers.cost import Technique, WeightRole
 from kvell.layers.grouped_query import GroupedQuery
-from kvell.layers.key_values import KeyValueAttention, unlike
+from kvell.layers.key_values import KeyValueAttention, KeyValuePart, KeyValueSource
 from kvell.layers.linear import Linear
-from kvell.layers.part import Part, Site
-from kvell.layers.rotary import Rotary, check_turns
+from kvell.layers.part import Site
+from kvell.layers.rotary import Rotary
 
 if TYPE_CHECKING:
     from kvell.step import Step
 
 
-class Convolutional(Part):
+class Convolutional(KeyValuePart):
     """A CCA layer. `depthwise_kernel` and `grouped_kernel` count the token itself.
 
     `sliding_window` counts it too; None sees everything.
@@ -54,16 +56,8 @@ class Convolutional(Part):
     rotary: Rotary | None
     depthwise_kernel: PositiveInt = 2
     grouped_kernel: PositiveInt = 2
-    kv_source: NonNegativeInt | None = None
+    kv_source: KeyValueSource = None
     bias: bool = False
-
-    @model_validator(mode="after")
-    def _heads_divide(self) -> Self:
-        if self.num_heads % self.num_kv_heads:
-            raise ValueError(f"num_heads {self.num_heads} is not a multiple of num_kv_heads {self.num_kv_heads}")
-        if self.rotary is not None and (problem := check_turns(self.rotary, self.head_dim)):
-            raise ValueError(problem)
-        return self
 
     @property
     def channels(self) -> int:
@@ -84,94 +78,40 @@ class Convolutional(Part):
         return ConvolutionalAttention(self, site)
 
     def streams(self) -> tuple[StreamSpec, ...]:
-        """What a sequence must remember for this layer: raw rows alone where it reads another layer's keys."""
+        """Keys and values where they are the layer's own, and the raw rows that its convolutions look back on."""
         raw = StreamSpec("query_key", self.channels, self.reach)
         if self.kv_source is not None:
             return (raw,)
-        width = self.num_kv_heads * self.head_dim
-        past = None if self.sliding_window is None else self.sliding_window - 1
-        return (
-            StreamSpec("key", width, past),
-            StreamSpec("value", width, past),
-            raw,
-            StreamSpec("delayed_value", width // 2, 1),
+        return (*super().streams(), raw, StreamSpec("delayed_value", self.num_kv_heads * self.head_dim // 2, 1))
+
+    def without(self, technique: Technique, site: Site) -> AttentionPart:
+        """Without compression its heads are as many more as make them as wide as the residual."""
+        if technique != "compression":
+            return super().without(technique, site)
+        factor = max(site.hidden_size // (self.num_heads * self.head_dim), 1)
+        return GroupedQuery(
+            num_heads=self.num_heads * factor,
+            num_kv_heads=self.num_kv_heads * factor,
+            head_dim=self.head_dim,
+            rotary=self.rotary,
+            sliding_window=self.sliding_window,
+            kv_source=self.kv_source,
         )
 
-    def full_attention_width(self) -> int:
-        """Values a token would hold if this layer kept keys and values for every token."""
-        return 2 * self.num_kv_heads * self.head_dim
-
-    def cost(self, site: Site, source: Part | None = None) -> Cost:
-        """The projections and convolutions, of which all but the last are made of every token, and for each row seen
-        a product of every query with its key and with its value."""
-        hidden, bias = site.hidden_size, self.bias
-        queries, keys = self.num_heads * self.head_dim, self.num_kv_heads * self.head_dim
-        projections = [("q_proj", queries)]
-        costs = list[Cost]()
-        if self.kv_source is None:
-            projections += [("k_proj", keys), ("v_proj_current", keys // 2), ("v_proj_delayed", keys // 2)]
-            costs.append(Cost((vector("temperature", self.num_kv_heads),)))
-        costs += [
-            linear(name, width, hidden, "projections", bias=bias, every_token=True) for name, width in projections
-        ]
-        kernels = [("conv_depthwise", 1, self.depthwise_kernel), ("conv_grouped", self.head_dim, self.grouped_kernel)]
-        for name, inputs, kernel in kernels:
-            shape = (self.channels, inputs, kernel)
-            weight = Weight(f"{name}.weight", shape, "projections", "bf16", multiplied=True, every_token=True)
-            costs.append(Cost((weight, vector(f"{name}.bias", self.channels, part="projections"))))
-        costs.append(linear("o_proj", hidden, queries, "projections", bias=bias))
-        holder = site.index if self.kv_source is None else self.kv_source
-        reads = ((holder, "key"), (holder, "value"))
-        return together(costs) + Cost(works=(Work("attention", 2 * queries, most=self.sliding_window, reads=reads),))
-
-    def heads_of_rows(self) -> int:
-        """Into how many heads a cached row divides: what tensor parallelism can spread."""
-        return self.num_kv_heads
-
-    def windowed_streams(self) -> tuple[str, ...]:
-        """The streams that would hold every token if the layer had no window."""
-        return () if self.sliding_window is None else ("key", "value")
-
-    def without(self, technique: Technique, site: Site) -> "Convolutional | GroupedQuery":
-        """The layer without a technique that it may have; to be counted, not built. Without compression its heads
-        are as many more as make them as wide as the residual."""
-        if technique == "compression":
-            factor = max(site.hidden_size // (self.num_heads * self.head_dim), 1)
-            return GroupedQuery(
-                num_heads=self.num_heads * factor,
-                num_kv_heads=self.num_kv_heads * factor,
-                head_dim=self.head_dim,
-                rotary=self.rotary,
-                sliding_window=self.sliding_window,
-                kv_source=self.kv_source,
-            )
-        absent: dict[Technique, dict[str, Any]] = {
-            "sharing": {"kv_source": None},
-            "windows": {"sliding_window": None},
-            "grouping": {"num_kv_heads": self.num_heads},
-        }
-        return self.model_copy(update=absent[technique])
-
-    def check_source(self, source: Part) -> str | None:
-        """Why this layer cannot read `source`'s keys and values, or None where it can."""
-        if getattr(source, "kind", None) not in ("grouped_query", "convolutional"):
-            return "which keeps no keys and values per head"
-        return unlike(self, source, ("num_kv_heads", "head_dim", "rotary"))
-
-    def describe(self) -> dict[str, object]:
-        """What `kvell inspect` says of this layer."""
-        return {
-            "num_heads": self.num_heads,
-            "num_kv_heads": self.num_kv_heads,
-            "head_dim": self.head_dim,
-            "sliding_window": self.sliding_window,
-            "kv_source": self.kv_source,
-            "rotary": None if self.rotary is None else self.rotary.describe(),
-            "compression": f"convolutions of {self.depthwise_kernel} and {self.grouped_kernel}",
-        }
+    def describe(self) -> AttentionDescription:
+        compression = f"convolutions of {self.depthwise_kernel} and {self.grouped_kernel}"
+        return replace(super().describe(), compression=compression)
 
 
 class ConvolutionalAttention(nn.Module):
+    # All but the last projection make what later tokens' convolutions look back on.
+    weight_role: ClassVar[WeightRole] = WeightRole(
+        "projections",
+        every_token=("q_proj", "k_proj", "v_proj_current", "v_proj_delayed", "conv_depthwise", "conv_grouped"),
+        bf16=("conv_depthwise", "conv_grouped"),
+        parts={"temperature": "norms"},
+    )
+
     def __init__(self, config: Convolutional, site: Site) -> None:
         super().__init__()
         self.config, self.index = config, site.index

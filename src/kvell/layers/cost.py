@@ -1,5 +1,6 @@
-"""What a part costs: its weights and its work, as plain values. Each technique states them in its own file; planning
-adds them up and knows no technique.
+"""What a part costs: its weights and its work, as plain values. Planning adds them up and knows no technique. Shapes
+of weights are the module's; what shapes do not tell a technique states in its own file: the role of its weights
+(`WeightRole`) and its work per row (`Work`).
 
     multiply-adds of one token = sum over weights of numel * used + sum over works of per_row * rows seen
 
@@ -12,9 +13,9 @@ embedding table, as multiplied; and counting the last layers of a prefill for ev
 """
 
 import math
-from collections.abc import Iterable
-from dataclasses import dataclass, replace
-from typing import Literal, NamedTuple, Self
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Literal
 
 # What a plan lists apart.
 WeightPart = Literal[
@@ -41,6 +42,30 @@ Form = Literal["fp32", "int64", "bf16", "fp8", "fp4"]
 Technique = Literal["sharing", "windows", "compression", "grouping"]
 
 Rows = tuple[int, str]  # a stream's rows, by the layer that holds them and the stream's name
+
+
+@dataclass(frozen=True)
+class WeightRole:
+    """What a plan must know of a module's weights beside their shapes. It stands in the module's `weight_role`, and
+    also holds for what is inside, unless that has a role of its own. Weights are named by the module inside that
+    holds them (`q_proj`), or by their own names where the module itself does.
+
+    part         under which name they are counted; vectors of a norm are "norms" in any case
+    form         the narrowest form of its matrices in a released model; vectors and tables of embeddings are bf16
+    every_token  those that make rows which a stream keeps: every token of a prompt needs them
+    bf16         matrices that released models keep in bf16 all the same
+    added        of two dimensions or more, but added or looked up and not multiplied
+    used         of how many equal parts of a weight a token uses how many; all of it where nothing is said
+    parts        those that are counted under another name
+    """
+
+    part: WeightPart
+    form: Form = "fp8"
+    every_token: tuple[str, ...] = ()
+    bf16: tuple[str, ...] = ()
+    added: tuple[str, ...] = ()
+    used: Mapping[str, tuple[int, int]] = field(default_factory=dict)
+    parts: Mapping[str, WeightPart] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -105,56 +130,6 @@ class Work:
         return before + (tokens - stride * grown + 1) * grown
 
 
-class Cost(NamedTuple):
-    """All weights and works of a part."""
-
-    weights: tuple[Weight, ...] = ()
-    works: tuple[Work, ...] = ()
-
-    def __add__(self, other: "Cost") -> "Cost":  # type: ignore[override]
-        return Cost(self.weights + other.weights, self.works + other.works)
-
-    def under(self, prefix: str, part: WeightPart | None = None) -> Self:
-        """The same with names that begin with a module's; `part` takes the place of the weights' own."""
-        weights = (replace(one, name=f"{prefix}.{one.name}", part=part or one.part) for one in self.weights)
-        return self._replace(weights=tuple(weights))
-
-
-def linear(
-    name: str,
-    rows: int,
-    columns: int,
-    part: WeightPart,
-    *,
-    bias: bool = False,
-    every_token: bool = False,
-    form: Form = "fp8",
-) -> Cost:
-    """A matrix (rows, columns) that tokens are multiplied with, and its bias."""
-    matrix = Weight(f"{name}.weight", (rows, columns), part, form, multiplied=True, every_token=every_token)
-    return Cost((matrix, vector(f"{name}.bias", rows, part=part))) if bias else Cost((matrix,))
-
-
-def vector(name: str, *shape: int, part: WeightPart = "norms", form: Form = "bf16", learnt: bool = True) -> Weight:
-    """Numbers that scale, shift or choose: no product of matrices."""
-    return Weight(name, shape, part, form, multiplied=False, learnt=learnt)
-
-
-def norm(name: str, width: int) -> Cost:
-    """The weight of an RMSNorm."""
-    return Cost((vector(f"{name}.weight", width),))
-
-
 def per_token(part: WorkPart, multiply_adds: int, *, form: Form, every_token: bool = False) -> Work:
     """Work that does not grow with the context."""
     return Work(part, multiply_adds, most=1, form=form, every_token=every_token)
-
-
-def together(costs: Iterable[Cost]) -> Cost:
-    """The sum of several costs."""
-    weights: list[Weight] = []
-    works: list[Work] = []
-    for cost in costs:
-        weights += cost.weights
-        works += cost.works
-    return Cost(tuple(weights), tuple(works))

@@ -10,15 +10,16 @@ from typing import TYPE_CHECKING, Annotated, ClassVar, Literal, Self
 
 import torch
 from jaxtyping import Float
-from pydantic import Field, NonNegativeInt, PositiveFloat, PositiveInt, model_validator
+from pydantic import Field, PositiveFloat, PositiveInt, model_validator
 from torch import Tensor, nn
 
 from kvell.kernels.experts import experts
-from kvell.layers.cost import Cost, Weight, norm, together
+from kvell.layers.contract import FeedForwardPart
+from kvell.layers.cost import WeightRole
 from kvell.layers.feed_forward import ActivationName, GatedFeedForward, GatedMLP, GatedUnit
 from kvell.layers.norms import RMSNorm
 from kvell.layers.part import Part, Site
-from kvell.layers.routers import MLPRouter, Router
+from kvell.layers.routers import Router
 
 if TYPE_CHECKING:
     from kvell.step import Step
@@ -27,7 +28,7 @@ if TYPE_CHECKING:
 MOST_EXPERTS = 65536
 
 
-class MixtureOfExperts(Part):
+class MixtureOfExperts(FeedForwardPart):
     """`num_experts` gated feed-forwards of `intermediate_size`, of which a token takes `top_k`.
 
     `limit` cuts off what the gated units see, the shared expert's included; see feed_forward.py.
@@ -49,19 +50,12 @@ class MixtureOfExperts(Part):
             raise ValueError(f"top_k {self.top_k} is more than num_experts {self.num_experts}")
         return self
 
-    @property
-    def state_source(self) -> NonNegativeInt | None:
-        """The layer whose router state this one's router adds to its own."""
-        return self.router.state_source if isinstance(self.router, MLPRouter) else None
-
     def check_source(self, source: Part) -> str | None:
-        """Why this router cannot add the state of `source`'s router, or None where it can."""
-        theirs = getattr(getattr(source, "mixture", source), "router", None)
-        if not isinstance(self.router, MLPRouter) or not isinstance(theirs, MLPRouter):
+        """By the routers: what else the layers have does not matter."""
+        theirs = source.mixture if isinstance(source, DenseBesideExperts) else source
+        if not isinstance(theirs, MixtureOfExperts):
             return "whose router leaves no state"
-        if theirs.hidden_size != self.router.hidden_size:
-            return f"whose router state has {theirs.hidden_size} channels, not {self.router.hidden_size}"
-        return None
+        return self.router.check_source(theirs.router)
 
     def build(self, site: Site) -> "MixtureFeedForward":
         return MixtureFeedForward(self, site)
@@ -73,27 +67,14 @@ class MixtureOfExperts(Part):
             return None
         return GatedMLP(intermediate_size=self.shared_intermediate_size, activation=self.activation, limit=self.limit)
 
-    def cost(self, site: Site) -> Cost:
-        """Router, experts, of which a token takes `top_k`, and the shared one."""
-        count, width, hidden = self.num_experts, self.intermediate_size, site.hidden_size
-        shapes = {"gate_up_proj": (count, 2 * width, hidden), "down_proj": (count, hidden, width)}
-        routed = [
-            Weight(name, shape, "experts", "fp4", multiplied=True, used=(self.top_k, count))
-            for name, shape in shapes.items()
-        ]
-        costs = [self.router.cost(site, count, self.top_k).under("router"), Cost(tuple(routed))]
-        if self.shared is not None:
-            costs.append(self.shared.cost(site, "experts").under("shared_expert"))
-        return together(costs)
-
     def describe(self) -> str:
         shared = f" + shared {self.shared_intermediate_size}" if self.shared_intermediate_size else ""
-        skip = " or none" if isinstance(self.router, MLPRouter) and self.router.skip_expert else ""
+        skip = " or none" if self.router.skipped() else ""
         by = f" ({self.router.kind.replace('_', ' ')})"
         return f"{self.top_k} of {self.num_experts} experts of {self.intermediate_size}{skip}{shared}{by}"
 
 
-class DenseBesideExperts(Part):
+class DenseBesideExperts(FeedForwardPart):
     """A dense feed-forward and a mixture side by side, each with norms of its own (Gemma 4 26B-A4B).
 
     It reads the residual un-normed: use it in a layer whose `feed_forward_norm` is "post".
@@ -103,21 +84,11 @@ class DenseBesideExperts(Part):
     dense: GatedMLP
     mixture: MixtureOfExperts
 
-    @property
-    def state_source(self) -> NonNegativeInt | None:
-        return self.mixture.state_source
-
     def check_source(self, source: Part) -> str | None:
         return self.mixture.check_source(source)
 
     def build(self, site: Site) -> "DenseBesideExpertsFeedForward":
         return DenseBesideExpertsFeedForward(self, site)
-
-    def cost(self, site: Site) -> Cost:
-        """Both, and the four norms between them and the residual."""
-        names = ("dense_input_norm", "dense_output_norm", "mixture_input_norm", "mixture_output_norm")
-        norms = [norm(name, site.hidden_size) for name in names]
-        return together([self.dense.cost(site).under("dense"), self.mixture.cost(site).under("mixture"), *norms])
 
     def describe(self) -> str:
         return f"{self.dense.describe()} beside {self.mixture.describe()}"
@@ -136,7 +107,12 @@ class MixtureFeedForward(nn.Module):
         self.router = config.router.build(site, count, config.top_k)
         self.gate_up_proj = nn.Parameter(torch.empty(count, 2 * width, hidden))
         self.down_proj = nn.Parameter(torch.empty(count, hidden, width))
-        self.shared_expert = None if config.shared is None else GatedFeedForward(config.shared, hidden)
+        self.shared_expert = None
+        if config.shared is not None:
+            self.shared_expert = GatedFeedForward(config.shared, hidden)
+            self.shared_expert.weight_role = WeightRole("experts")
+        share = (config.top_k, count)
+        self.weight_role = WeightRole("experts", form="fp4", used={"gate_up_proj": share, "down_proj": share})
 
     def forward(
         self,
@@ -148,7 +124,7 @@ class MixtureFeedForward(nn.Module):
         """The experts see x; the choice is made by `router_input` where that is something else."""
         weights, chosen = self.router(x if router_input is None else router_input, step)
         y = experts(x, weights, chosen, self.gate_up_proj, self.down_proj, self.unit)
-        if isinstance(self.config.router, MLPRouter) and self.config.router.skip_expert == "identity":
+        if self.config.router.skipped() == "identity":
             y = y + x * (weights * (chosen == self.config.num_experts)).sum(-1, keepdim=True)
         if self.config.routed_scale != 1:
             y = y * self.config.routed_scale
@@ -160,6 +136,8 @@ class MixtureFeedForward(nn.Module):
 
 
 class DenseBesideExpertsFeedForward(nn.Module):
+    weight_role = WeightRole("feed-forward")
+
     def __init__(self, config: DenseBesideExperts, site: Site) -> None:
         super().__init__()
         self.dense = config.dense.build(site)

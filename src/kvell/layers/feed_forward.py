@@ -8,16 +8,17 @@ meet: act(min(gate x, limit)) * clamp(up x, -limit, limit). What people get wron
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, ClassVar, Literal
+from typing import TYPE_CHECKING, Literal
 
 from jaxtyping import Float
 from pydantic import PositiveFloat, PositiveInt
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from kvell.layers.cost import Cost, WeightPart, linear, together
+from kvell.layers.contract import FeedForwardPart
+from kvell.layers.cost import WeightRole
 from kvell.layers.linear import Linear
-from kvell.layers.part import Part, Site
+from kvell.layers.part import Site
 
 if TYPE_CHECKING:
     from kvell.step import Step
@@ -45,7 +46,7 @@ class GatedUnit:
         return ACTIVATIONS[self.activation](gate) * up
 
 
-class GatedMLP(Part):
+class GatedMLP(FeedForwardPart):
     """A dense gated feed-forward of `intermediate_size` channels."""
 
     kind: Literal["gated_mlp"] = "gated_mlp"
@@ -53,22 +54,16 @@ class GatedMLP(Part):
     activation: ActivationName = "silu"
     limit: PositiveFloat | None = None
 
-    state_source: ClassVar[None] = None  # a dense feed-forward has no router that could read another's state
-
     def build(self, site: Site) -> "GatedFeedForward":
         return GatedFeedForward(self, site.hidden_size)
-
-    def cost(self, site: Site, part: WeightPart = "feed-forward") -> Cost:
-        """Three matrices."""
-        width, hidden = self.intermediate_size, site.hidden_size
-        shapes = {"gate_proj": (width, hidden), "up_proj": (width, hidden), "down_proj": (hidden, width)}
-        return together(linear(name, *shape, part) for name, shape in shapes.items())
 
     def describe(self) -> str:
         return f"gated {self.intermediate_size}"
 
 
 class GatedFeedForward(nn.Module):
+    weight_role = WeightRole("feed-forward")
+
     def __init__(self, config: GatedMLP, hidden_size: int) -> None:
         super().__init__()
         self.unit = GatedUnit(config.activation, config.limit)

@@ -9,26 +9,25 @@ attention budgeting, Laguna XS.2), its own head width (Gemma 4) and its own slid
 has no keys and values at all: it reads another layer's, which may also be a convolutional one; see key_values.py.
 """
 
-from typing import TYPE_CHECKING, Annotated, Any, Literal, Self
+from typing import TYPE_CHECKING, Annotated, ClassVar, Literal
 
 from jaxtyping import Float
-from pydantic import Field, NonNegativeInt, PositiveFloat, PositiveInt, model_validator
+from pydantic import Field, PositiveFloat, PositiveInt
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from kvell.cache import StreamSpec
-from kvell.layers.cost import Cost, Technique, Work, linear, norm, together
-from kvell.layers.key_values import KeyValueAttention, unlike
+from kvell.layers.cost import WeightRole
+from kvell.layers.key_values import KeyValueAttention, KeyValuePart, KeyValueSource
 from kvell.layers.linear import Linear
 from kvell.layers.norms import RMSNorm
-from kvell.layers.part import Part, Site
-from kvell.layers.rotary import Rotary, check_turns
+from kvell.layers.part import Site
+from kvell.layers.rotary import Rotary
 
 if TYPE_CHECKING:
     from kvell.step import Step
 
 
-class GroupedQuery(Part):
+class GroupedQuery(KeyValuePart):
     """A grouped-query attention layer.
 
     `sliding_window` counts the token itself: a token sees itself and window - 1 before it; None sees everything.
@@ -43,7 +42,7 @@ class GroupedQuery(Part):
     head_dim: Annotated[int, Field(gt=0, multiple_of=2)]
     sliding_window: PositiveInt | None = None
     rotary: Rotary | None
-    kv_source: NonNegativeInt | None = None
+    kv_source: KeyValueSource = None
     query_norm: bool = True
     key_norm: bool = True
     value_norm: bool = False
@@ -52,86 +51,13 @@ class GroupedQuery(Part):
     bias: bool = False
     scale: PositiveFloat | None = None
 
-    @model_validator(mode="after")
-    def _heads_divide(self) -> Self:
-        if self.num_heads % self.num_kv_heads:
-            raise ValueError(f"num_heads {self.num_heads} is not a multiple of num_kv_heads {self.num_kv_heads}")
-        if self.rotary is not None and (problem := check_turns(self.rotary, self.head_dim)):
-            raise ValueError(problem)
-        return self
-
     def build(self, site: Site) -> "GroupedQueryAttention":
         return GroupedQueryAttention(self, site)
 
-    def streams(self) -> tuple[StreamSpec, ...]:
-        """What a sequence must remember for this layer: nothing where it reads another layer's."""
-        if self.kv_source is not None:
-            return ()
-        width = self.num_kv_heads * self.head_dim
-        past = None if self.sliding_window is None else self.sliding_window - 1
-        return StreamSpec("key", width, past), StreamSpec("value", width, past)
-
-    def full_attention_width(self) -> int:
-        """Values a token would hold if this layer kept keys and values of its own for every token."""
-        return 2 * self.num_kv_heads * self.head_dim
-
-    def cost(self, site: Site, source: Part | None = None) -> Cost:
-        """The projections, and for each row seen a product of every query with its key and with its value."""
-        hidden, queries, keys = site.hidden_size, self.num_heads * self.head_dim, self.num_kv_heads * self.head_dim
-        costs = [linear("q_proj", queries, hidden, "projections", bias=self.bias)]
-        if self.query_norm:
-            costs.append(norm("q_norm", self.head_dim))
-        if self.kv_source is None:
-            costs.append(linear("k_proj", keys, hidden, "projections", bias=self.bias, every_token=True))
-            if self.key_norm:
-                costs.append(norm("k_norm", self.head_dim))
-            if not self.value_from_key:
-                costs.append(linear("v_proj", keys, hidden, "projections", bias=self.bias, every_token=True))
-        if self.output_gate is not None:
-            gates = self.num_heads if self.output_gate == "per_head" else queries
-            costs.append(linear("g_proj", gates, hidden, "projections"))
-        costs.append(linear("o_proj", hidden, queries, "projections", bias=self.bias))
-        holder = site.index if self.kv_source is None else self.kv_source
-        reads = ((holder, "key"), (holder, "value"))
-        return together(costs) + Cost(works=(Work("attention", 2 * queries, most=self.sliding_window, reads=reads),))
-
-    def heads_of_rows(self) -> int:
-        """Into how many heads a cached row divides: what tensor parallelism can spread."""
-        return self.num_kv_heads
-
-    def windowed_streams(self) -> tuple[str, ...]:
-        """The streams that would hold every token if the layer had no window."""
-        return () if self.sliding_window is None else ("key", "value")
-
-    def without(self, technique: Technique, site: Site) -> "GroupedQuery":
-        """The layer without a technique that it may have; to be counted, not built."""
-        absent: dict[Technique, dict[str, Any]] = {
-            "sharing": {"kv_source": None},
-            "windows": {"sliding_window": None},
-            "grouping": {"num_kv_heads": self.num_heads},
-        }
-        return self.model_copy(update=absent.get(technique))
-
-    def check_source(self, source: Part) -> str | None:
-        """Why this layer cannot read `source`'s keys and values, or None where it can."""
-        if getattr(source, "kind", None) not in ("grouped_query", "convolutional"):
-            return "which keeps no keys and values per head"
-        return unlike(self, source, ("num_kv_heads", "head_dim", "rotary"))
-
-    def describe(self) -> dict[str, object]:
-        """What `kvell inspect` says of this layer."""
-        return {
-            "num_heads": self.num_heads,
-            "num_kv_heads": self.num_kv_heads,
-            "head_dim": self.head_dim,
-            "sliding_window": self.sliding_window,
-            "kv_source": self.kv_source,
-            "rotary": None if self.rotary is None else self.rotary.describe(),
-            "compression": None,
-        }
-
 
 class GroupedQueryAttention(nn.Module):
+    weight_role: ClassVar[WeightRole] = WeightRole("projections", every_token=("k_proj", "v_proj"))
+
     def __init__(self, config: GroupedQuery, site: Site) -> None:
         super().__init__()
         self.config = config

@@ -27,12 +27,13 @@ from torch import Tensor, nn
 
 from kvell.kernels.autocast import outside_autocast
 from kvell.kernels.hyper_connections import collapse, flat_norm, hyper_read, hyper_write
-from kvell.layers.cost import Cost, Weight, per_token, vector
-from kvell.layers.part import Part, Site
+from kvell.layers.contract import ConnectionModule, ConnectionPart, EndsModule
+from kvell.layers.cost import WeightRole, Work, per_token
+from kvell.layers.part import Site
 from kvell.layers.precision import KeepsFp32
 
 
-class HyperConnections(Part):
+class HyperConnections(ConnectionPart):
     """`streams` residual streams; `iterations` of Sinkhorn, the softmax being the first half of the first."""
 
     kind: Literal["hyper"] = "hyper"
@@ -47,26 +48,20 @@ class HyperConnections(Part):
     def build_ends(self, site: Site) -> "HyperEnds":
         return HyperEnds(self, site)
 
-    def cost(self, site: Site) -> Cost:
-        """Of one block: the weights' making, the sum that is read, and the mixing of the streams. Reading belongs to
-        what makes a block's rows, so it is done for every token."""
-        streams, hidden = self.streams, site.hidden_size
-        works = (
-            per_token("connection", streams * hidden, form="fp32", every_token=True),
-            per_token("connection", streams**2 * hidden, form="fp32"),
+    @property
+    def lanes(self) -> int:
+        return self.streams
+
+    def works(self, site: Site) -> tuple[Work, ...]:
+        """The sum that is read, and the mixing of the streams. Reading belongs to what makes a block's rows, so it is
+        done for every token."""
+        return (
+            per_token("connection", self.streams * site.hidden_size, form="fp32", every_token=True),
+            per_token("connection", self.streams**2 * site.hidden_size, form="fp32"),
         )
-        return self._weights((2 + streams) * streams, site, scales=3) + Cost(works=works)
 
-    def ends_cost(self, site: Site) -> Cost:
-        """Of what opens and closes the residual."""
-        work = per_token("connection", self.streams * site.hidden_size, form="fp32")
-        return self._weights(self.streams, site, scales=1) + Cost(works=(work,))
-
-    def _weights(self, numbers: int, site: Site, scales: int) -> Cost:
-        shape = (numbers, self.streams * site.hidden_size)
-        weight = Weight("weight", shape, "connection", "fp32", multiplied=True, every_token=True)
-        vectors = {"base": numbers, "scale": scales}
-        return Cost((weight, *(vector(name, n, part="connection", form="fp32") for name, n in vectors.items())))
+    def ends_works(self, site: Site) -> tuple[Work, ...]:
+        return (per_token("connection", self.streams * site.hidden_size, form="fp32"),)
 
     def describe(self) -> str:
         return f"{self.streams} hyper-connected streams" + ("" if self.constrained else ", unconstrained")
@@ -79,10 +74,11 @@ class Reading(NamedTuple):
     mix: Float[Tensor, "T N N"]
 
 
-class HyperConnection(KeepsFp32):
+class HyperConnection(KeepsFp32, ConnectionModule):
     """One block's connection. Rows of `weight`: N for pre, N for post, N x N for mix."""
 
     fp32: ClassVar[tuple[str, ...]] = ("weight", "base", "scale")
+    weight_role: ClassVar[WeightRole] = WeightRole("connection", every_token=("weight",))
 
     def __init__(self, config: HyperConnections, site: Site, block: int) -> None:
         super().__init__()
@@ -123,10 +119,11 @@ class HyperConnection(KeepsFp32):
         self.base[2 * streams :] = 6 * identity - 3 if self.config.constrained else identity
 
 
-class HyperEnds(KeepsFp32):
+class HyperEnds(KeepsFp32, EndsModule):
     """Every stream begins as the embedded token; the last norm sees a weighted sum of them."""
 
     fp32: ClassVar[tuple[str, ...]] = ("weight", "base", "scale")
+    weight_role: ClassVar[WeightRole] = WeightRole("connection", every_token=("weight",))
 
     def __init__(self, config: HyperConnections, site: Site) -> None:
         super().__init__()

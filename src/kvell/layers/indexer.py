@@ -14,7 +14,7 @@ weight that the attention of all heads gives to each of them when none is left o
 
 from collections.abc import Sequence
 from functools import partial
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, ClassVar, NamedTuple
 
 import torch
 from jaxtyping import Float, Int
@@ -22,11 +22,12 @@ from pydantic import PositiveInt
 from torch import Tensor, nn
 
 from kvell.kernels.compressed import index_scores, pick
-from kvell.layers.compressor import Compressor, EntryCompressor, Rounding, entry_cost
-from kvell.layers.cost import Cost, Work, linear, together
+from kvell.layers.compressor import Compressor, EntryCompressor, Rounding
+from kvell.layers.contract import RotaryPart
+from kvell.layers.cost import WeightRole, Work
 from kvell.layers.linear import Linear
 from kvell.layers.part import Part, Site
-from kvell.layers.rotary import AnyRotary, RotaryTable
+from kvell.layers.rotary import RotaryTable
 
 if TYPE_CHECKING:
     from kvell.step import Step
@@ -39,17 +40,12 @@ class Indexer(Part):
     head_dim: PositiveInt
     top_k: PositiveInt
 
-    def cost(self, compressor: Compressor, site: Site, query_rank: int) -> Cost:
-        """Its projections and entries, and for each entry seen a product with every head, summed over the heads.
-        Where there are no more entries than are picked, none is scored."""
-        costs = [
-            linear("q_proj", self.num_heads * self.head_dim, query_rank, "indexer"),
-            linear("weights_proj", self.num_heads, site.hidden_size, "indexer", form="bf16"),
-            entry_cost(compressor, site, self.head_dim).under("compressor"),
-        ]
+    def works(self, compressor: Compressor, site: Site) -> tuple[Work, Work]:
+        """For each entry seen a product with every head, and their sum. Where there are no more entries than are
+        picked, none is scored."""
         scored, reads = partial(Work, "indexer", stride=compressor.ratio, beyond=self.top_k), ((site.index, "index"),)
         products = scored(per_row=self.num_heads * self.head_dim, reads=reads, form="fp4")
-        return together(costs) + Cost(works=(products, scored(per_row=self.num_heads, form="fp32")))
+        return products, scored(per_row=self.num_heads, form="fp32")
 
 
 class Questions(NamedTuple):
@@ -60,13 +56,15 @@ class Questions(NamedTuple):
 
 
 class EntryIndexer(nn.Module):
+    weight_role: ClassVar[WeightRole] = WeightRole("indexer", bf16=("weights_proj",))
+
     def __init__(
         self,
         config: Indexer,
         compressor: Compressor,
         site: Site,
         query_rank: int,
-        rotary: AnyRotary,
+        rotary: RotaryPart,
         rotary_width: int,
         rounding: Rounding | None,
     ) -> None:

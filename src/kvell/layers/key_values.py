@@ -6,19 +6,93 @@ wrong: it must see the keys of the whole step, not what the source's sliding win
 writes none to the cache.
 """
 
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Annotated, Any, NamedTuple, Self
 
 import torch
 from jaxtyping import Float
+from pydantic import NonNegativeInt, model_validator
 from torch import Tensor
 
+from kvell.cache import StreamSpec
 from kvell.kernels.attention import attention, compile_in_cpp
-from kvell.layers.part import Part
+from kvell.layers.contract import AttentionDescription, AttentionPart, RotaryPart
+from kvell.layers.cost import Technique, Work
+from kvell.layers.part import Part, Reads, Site
+from kvell.layers.rotary import check_turns
 
 if TYPE_CHECKING:
     from kvell.step import Step
 
 KEY_VALUES = "key_values"
+# The index of the earlier layer whose keys and values a layer reads; None where it makes its own.
+KeyValueSource = Annotated[NonNegativeInt | None, Reads(KEY_VALUES)]
+
+
+class KeyValuePart(AttentionPart):
+    """What every attention promises alike that keeps keys and values per KV head: a row of each for every token, all
+    of them or a window of them. Such layers can read each other's, whatever else they do."""
+
+    if TYPE_CHECKING:  # fields of the techniques, where they stand in their own order
+        num_heads: int
+        num_kv_heads: int
+        head_dim: int
+        sliding_window: int | None
+        rotary: RotaryPart | None
+        kv_source: int | None
+
+    @model_validator(mode="after")
+    def _heads_divide(self) -> Self:
+        if self.num_heads % self.num_kv_heads:
+            raise ValueError(f"num_heads {self.num_heads} is not a multiple of num_kv_heads {self.num_kv_heads}")
+        if self.rotary is not None and (problem := check_turns(self.rotary, self.head_dim)):
+            raise ValueError(problem)
+        return self
+
+    def streams(self) -> tuple[StreamSpec, ...]:
+        """Keys and values: nothing where the layer reads another's."""
+        if self.kv_source is not None:
+            return ()
+        width = self.num_kv_heads * self.head_dim
+        past = None if self.sliding_window is None else self.sliding_window - 1
+        return StreamSpec("key", width, past), StreamSpec("value", width, past)
+
+    def works(self, site: Site, source: Part | None) -> tuple[Work, ...]:
+        """For each row seen a product of every query with its key and with its value."""
+        holder = site.index if self.kv_source is None else self.kv_source
+        reads = ((holder, "key"), (holder, "value"))
+        return (Work("attention", 2 * self.num_heads * self.head_dim, most=self.sliding_window, reads=reads),)
+
+    def full_attention_width(self) -> int:
+        return 2 * self.num_kv_heads * self.head_dim
+
+    def heads_of_rows(self) -> int:
+        return self.num_kv_heads
+
+    def windowed_streams(self) -> tuple[str, ...]:
+        return () if self.sliding_window is None else ("key", "value")
+
+    def without(self, technique: Technique, site: Site) -> AttentionPart:
+        absent: dict[Technique, dict[str, Any]] = {
+            "sharing": {"kv_source": None},
+            "windows": {"sliding_window": None},
+            "grouping": {"num_kv_heads": self.num_heads},
+        }
+        return self.model_copy(update=absent.get(technique))
+
+    def check_source(self, source: Part) -> str | None:
+        if not isinstance(source, KeyValuePart):
+            return "which keeps no keys and values per head"
+        return unlike(self, source, ("num_kv_heads", "head_dim", "rotary"))
+
+    def describe(self) -> AttentionDescription:
+        return AttentionDescription(
+            num_heads=self.num_heads,
+            num_kv_heads=self.num_kv_heads,
+            head_dim=self.head_dim,
+            sliding_window=self.sliding_window,
+            kv_source=self.kv_source,
+            rotary=None if self.rotary is None else self.rotary.describe(),
+        )
 
 
 class KeyValues(NamedTuple):

@@ -1,10 +1,28 @@
 """What every part of a model's description has in common."""
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any, get_args
+from typing import Any, NamedTuple, get_args
 
 from pydantic import BaseModel, ConfigDict, model_validator
+
+
+@dataclass(frozen=True)
+class Reads:
+    """Marks a field that holds the index of an earlier layer: `what` the layer reads of the things that one makes.
+
+    kv_source: Annotated[NonNegativeInt | None, Reads("key_values")] = None
+    """
+
+    what: str
+
+
+class Source(NamedTuple):
+    """What a part reads of an earlier layer: the path of the field that says so, what it is, the layer's index."""
+
+    path: str
+    what: str
+    layer: int
 
 
 class Part(BaseModel):
@@ -24,6 +42,16 @@ class Part(BaseModel):
                 if isinstance(one, bool):
                     raise ValueError(f"{name} cannot be {str(one).lower()}")
         return values
+
+    def layer_sources(self) -> Iterator[Source]:
+        """Everything that this part, or a part inside it, reads of earlier layers."""
+        for name, field in type(self).model_fields.items():
+            value = getattr(self, name)
+            if isinstance(value, Part):
+                for inner in value.layer_sources():
+                    yield inner._replace(path=f"{name}.{inner.path}")
+            elif value is not None:
+                yield from (Source(name, mark.what, value) for mark in field.metadata if isinstance(mark, Reads))
 
 
 @dataclass(frozen=True)

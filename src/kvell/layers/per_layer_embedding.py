@@ -14,13 +14,13 @@ The table is most of a small model's parameters and only the rows of used tokens
 memory-mapped on disk or off the accelerator. What people get wrong: dropping one of the three scales.
 """
 
-from typing import TYPE_CHECKING, Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, ClassVar, Literal
 
 from jaxtyping import Float, Int
 from pydantic import Field, PositiveInt
 from torch import Tensor, nn
 
-from kvell.layers.cost import Cost, Weight, linear, norm, together
+from kvell.layers.cost import WeightRole
 from kvell.layers.feed_forward import ACTIVATIONS, ActivationName
 from kvell.layers.linear import Linear
 from kvell.layers.norms import RMSNorm
@@ -60,21 +60,6 @@ class PerLayerEmbedding(Part):
     def build(self, site: Site) -> "PerLayerInjection":
         return PerLayerInjection(self, site)
 
-    def inputs_cost(self, site: Site) -> Cost:
-        """The table, of which a token reads one row, and the projection for all layers at once."""
-        channels = site.num_layers * self.width
-        rows = self.rows(site)
-        shape, used = (rows, channels), (1, rows)
-        table = Weight("table.weight", shape, "per-layer table", "bf16", multiplied=False, used=used)
-        projection = linear("projection", channels, site.hidden_size, "per-layer embedding", every_token=True)
-        return Cost((table,)) + projection + norm("norm", self.width)
-
-    def cost(self, site: Site) -> Cost:
-        """Of one layer."""
-        shapes = {"gate_proj": (self.width, site.hidden_size), "projection": (site.hidden_size, self.width)}
-        matrices = [linear(name, *shape, "per-layer embedding") for name, shape in shapes.items()]
-        return together([*matrices, norm("norm", site.hidden_size)])
-
 
 class MappedTable(nn.Module):
     """An embedding table kept outside the parameters, on the CPU, usually a view of a file on disk.
@@ -99,6 +84,12 @@ class PerLayerInputs(nn.Module):
     def __init__(self, config: PerLayerEmbedding, site: Site) -> None:
         super().__init__()
         self.width, self.num_layers = config.width, site.num_layers
+        self.weight_role = WeightRole(
+            "per-layer embedding",
+            every_token=("projection",),
+            used={"table": (1, config.rows(site))},
+            parts={"table": "per-layer table"},
+        )
         channels = site.num_layers * config.width
         self.table: nn.Embedding | MappedTable = nn.Embedding(config.rows(site), channels)
         self.projection = Linear(site.hidden_size, channels, bias=False)
@@ -121,6 +112,8 @@ class PerLayerInputs(nn.Module):
 
 class PerLayerInjection(nn.Module):
     """Makes one layer's share, which is added to the residual."""
+
+    weight_role: ClassVar[WeightRole] = WeightRole("per-layer embedding")
 
     def __init__(self, config: PerLayerEmbedding, site: Site) -> None:
         super().__init__()

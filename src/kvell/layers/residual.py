@@ -8,40 +8,33 @@ what `write` needs to know of that reading. `open` makes the residual of the emb
 before the final norm. A model has one kind of connection; hyper_connections.py has the one with several streams.
 """
 
-from typing import Literal
+from typing import ClassVar, Literal
 
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from kvell.layers.cost import Cost, vector
-from kvell.layers.part import Part, Site
+from kvell.layers.contract import ConnectionModule, ConnectionPart, EndsModule
+from kvell.layers.cost import WeightRole
+from kvell.layers.part import Site
 
 
-class PlainResidual(Part):
+class PlainResidual(ConnectionPart):
     """One residual stream, added to."""
 
     kind: Literal["plain"] = "plain"
 
     def build(self, site: Site, block: int) -> "PlainConnection":
-        """The connection of one block; `block` counts those of the whole model."""
         return PlainConnection()
 
     def build_ends(self, site: Site) -> "PlainEnds":
-        """What opens and closes the residual of the whole model."""
         return PlainEnds()
-
-    def cost(self, site: Site) -> Cost:
-        return Cost()
-
-    def ends_cost(self, site: Site) -> Cost:
-        return Cost()
 
     def describe(self) -> str:
         return "plain residual"
 
 
-class ScaledResidual(Part):
+class ScaledResidual(ConnectionPart):
     """One fp32 residual stream; it and what is added to it are shifted and scaled per channel."""
 
     kind: Literal["scaled"] = "scaled"
@@ -52,20 +45,11 @@ class ScaledResidual(Part):
     def build_ends(self, site: Site) -> "ScaledEnds":
         return ScaledEnds(site)
 
-    def cost(self, site: Site) -> Cost:
-        return self._vectors(site, "output_scale", "residual_scale", "output_bias", "residual_bias")
-
-    def ends_cost(self, site: Site) -> Cost:
-        return self._vectors(site, "scale", "bias")
-
-    def _vectors(self, site: Site, *names: str) -> Cost:
-        return Cost(tuple(vector(name, site.hidden_size, part="connection") for name in names))
-
     def describe(self) -> str:
         return "scaled fp32 residual"
 
 
-class PlainConnection(nn.Module):
+class PlainConnection(ConnectionModule):
     def read(self, h: Float[Tensor, "T C"]) -> tuple[Float[Tensor, "T C"], None]:
         return h, None
 
@@ -73,7 +57,7 @@ class PlainConnection(nn.Module):
         return h + y
 
 
-class PlainEnds(nn.Module):
+class PlainEnds(EndsModule):
     def open(self, x: Float[Tensor, "T C"]) -> Float[Tensor, "T C"]:
         return x
 
@@ -81,7 +65,9 @@ class PlainEnds(nn.Module):
         return h
 
 
-class ScaledConnection(nn.Module):
+class ScaledConnection(ConnectionModule):
+    weight_role: ClassVar[WeightRole] = WeightRole("connection")
+
     def __init__(self, site: Site) -> None:
         super().__init__()
         self.output_scale, self.residual_scale = (nn.Parameter(torch.ones(site.hidden_size)) for _ in range(2))
@@ -95,7 +81,9 @@ class ScaledConnection(nn.Module):
         return (y + self.output_bias) * self.output_scale + (h + self.residual_bias) * self.residual_scale
 
 
-class ScaledEnds(nn.Module):
+class ScaledEnds(EndsModule):
+    weight_role: ClassVar[WeightRole] = WeightRole("connection")
+
     def __init__(self, site: Site) -> None:
         super().__init__()
         self.scale = nn.Parameter(torch.ones(site.hidden_size))

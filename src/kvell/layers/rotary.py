@@ -29,13 +29,14 @@ from torch import Tensor
 
 from kvell.kernels.rotation import rotate, rotate_last
 from kvell.kernels.tracing import kept
-from kvell.layers.part import Part
+from kvell.layers.contract import RotaryPart
+from kvell.layers.registry import ROTARIES, register
 
 Fraction = Annotated[float, Field(gt=0, le=1)]
 Theta = Annotated[float, Field(gt=1)]
 
 
-class DefaultRotary(Part):
+class DefaultRotary(RotaryPart):
     """Turns the first `fraction` of each head's channels."""
 
     kind: Literal["default"] = "default"
@@ -46,19 +47,18 @@ class DefaultRotary(Part):
         return _named("default", self.theta, self.fraction)
 
     def rotary_width(self, head_dim: int) -> int:
-        """Channels of a head that take part."""
         return int(head_dim * self.fraction)
+
+    @property
+    def turns_whole_heads(self) -> bool:
+        return self.fraction == 1
 
     def inverse_frequencies(self, head_dim: int) -> Float[Tensor, " pairs"]:
         width = self.rotary_width(head_dim)
         return self.theta ** -(torch.arange(0, width, 2, dtype=torch.int64).float() / width)
 
-    def scale(self) -> float:
-        """The factor on cos and sin."""
-        return 1.0
 
-
-class ProportionalRotary(Part):
+class ProportionalRotary(RotaryPart):
     """Pairs span the whole head; the first `fraction` of them turn, at the frequencies of the full width."""
 
     kind: Literal["proportional"] = "proportional"
@@ -76,11 +76,8 @@ class ProportionalRotary(Part):
         exponents = torch.arange(0, 2 * turning, 2, dtype=torch.int64).float() / head_dim
         return torch.cat([self.theta**-exponents, torch.zeros(head_dim // 2 - turning)])
 
-    def scale(self) -> float:
-        return 1.0
 
-
-class YarnRotary(Part):
+class YarnRotary(RotaryPart):
     """YaRN: pairs that turn less than `beta_slow` times in `original_positions` are slowed down by `factor`,
     pairs that turn more than `beta_fast` times are left, those between are blended linearly.
     """
@@ -99,6 +96,10 @@ class YarnRotary(Part):
 
     def rotary_width(self, head_dim: int) -> int:
         return int(head_dim * self.fraction)
+
+    @property
+    def turns_whole_heads(self) -> bool:
+        return self.fraction == 1
 
     def inverse_frequencies(self, head_dim: int) -> Float[Tensor, " pairs"]:
         width = self.rotary_width(head_dim)
@@ -123,14 +124,15 @@ def _named(kind: str, theta: float, fraction: float) -> str:
     return f"{kind} {theta:g}" + ("" if fraction == 1 else f" of {fraction:.0%}")
 
 
-AnyRotary = DefaultRotary | ProportionalRotary | YarnRotary
-Rotary = Annotated[AnyRotary, Field(discriminator="kind")]
+for _rotary in (DefaultRotary, ProportionalRotary, YarnRotary):
+    register(_rotary)
+Rotary = Annotated[RotaryPart, ROTARIES]
 
 
-def check_turns(rotary: AnyRotary, head_dim: int) -> str | None:
+def check_turns(rotary: RotaryPart, head_dim: int) -> str | None:
     """Why heads of this width cannot be turned so, or None where they can."""
     if (width := rotary.rotary_width(head_dim)) < 2 or width % 2:
-        return f"rotary.fraction {rotary.fraction} turns {width} channels of a head: not pairs"
+        return f"rotary: {rotary.describe()} turns {width} channels of a head: not pairs"
     return None
 
 
@@ -154,7 +156,7 @@ class RotaryTable(NamedTuple):
 
 
 def rotary_table(
-    rotary: AnyRotary,
+    rotary: RotaryPart,
     head_dim: int,
     positions: Int[Tensor, " T"],
     dtype: torch.dtype,
@@ -177,7 +179,7 @@ def rotary_table(
 
 
 @cache  # never dropped: recorded graphs know these tensors by their addresses
-def _inverse_frequencies(rotary: AnyRotary, head_dim: int, device: torch.device) -> Float[Tensor, " pairs"]:
+def _inverse_frequencies(rotary: RotaryPart, head_dim: int, device: torch.device) -> Float[Tensor, " pairs"]:
     """Computed on the CPU, and copied to the device once: every copy makes the host wait. Training may use what
     inference asked for first."""
     with torch.inference_mode(False), torch.device("cpu"):

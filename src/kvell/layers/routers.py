@@ -24,26 +24,30 @@ A router is built with the mixture's number of experts E and top_k k. It returns
 """
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import TYPE_CHECKING, Annotated, ClassVar, Literal
 
 import torch
 from jaxtyping import Float, Int
-from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveInt
+from pydantic import NonNegativeFloat, NonNegativeInt, PositiveInt
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from kvell.kernels.autocast import outside_autocast
 from kvell.kernels.top_k import top_k_lowest_first
-from kvell.layers.cost import Cost, Weight, linear, norm, together, vector
+from kvell.layers.contract import RouterPart
+from kvell.layers.cost import WeightRole
 from kvell.layers.linear import Linear
 from kvell.layers.norms import RMSNorm
-from kvell.layers.part import Part, Site
+from kvell.layers.part import Reads, Site
 from kvell.layers.precision import KeepsFp32
+from kvell.layers.registry import ROUTERS, register
 
 if TYPE_CHECKING:
     from kvell.step import Step
 
 ROUTER_STATE = "router_state"
+ROLE = WeightRole("router", form="bf16")
 
 
 def sqrt_softplus(logits: Tensor) -> Tensor:
@@ -53,13 +57,7 @@ def sqrt_softplus(logits: Tensor) -> Tensor:
 SCORES: dict[str, Callable[[Tensor], Tensor]] = {"sigmoid": torch.sigmoid, "sqrt_softplus": sqrt_softplus}
 
 
-def score_cost(site: Site, num_experts: int) -> Cost:
-    """A score for each expert, and the bias of the choice."""
-    bias = vector("selection_bias", num_experts, part="router", form="fp32")
-    return linear("proj", num_experts, site.hidden_size, "router", form="bf16") + Cost((bias,))
-
-
-class SigmoidRouter(Part):
+class SigmoidRouter(RouterPart):
     """Independent scores with a selection bias; `logit_softcap` 0 means none."""
 
     kind: Literal["sigmoid"] = "sigmoid"
@@ -68,11 +66,8 @@ class SigmoidRouter(Part):
     def build(self, site: Site, num_experts: int, top_k: int) -> nn.Module:
         return ScoreRouting(site, num_experts, top_k, SCORES["sigmoid"], self.logit_softcap)
 
-    def cost(self, site: Site, num_experts: int, top_k: int) -> Cost:
-        return score_cost(site, num_experts)
 
-
-class SqrtSoftplusRouter(Part):
+class SqrtSoftplusRouter(RouterPart):
     """Independent scores that are not bounded above, with a selection bias."""
 
     kind: Literal["sqrt_softplus"] = "sqrt_softplus"
@@ -80,11 +75,8 @@ class SqrtSoftplusRouter(Part):
     def build(self, site: Site, num_experts: int, top_k: int) -> nn.Module:
         return ScoreRouting(site, num_experts, top_k, SCORES["sqrt_softplus"])
 
-    def cost(self, site: Site, num_experts: int, top_k: int) -> Cost:
-        return score_cost(site, num_experts)
 
-
-class HashRouter(Part):
+class HashRouter(RouterPart):
     """Experts by token id; `score` says how the chosen ones are weighed."""
 
     kind: Literal["hash"] = "hash"
@@ -93,15 +85,8 @@ class HashRouter(Part):
     def build(self, site: Site, num_experts: int, top_k: int) -> nn.Module:
         return HashRouting(site, num_experts, top_k, SCORES[self.score])
 
-    def cost(self, site: Site, num_experts: int, top_k: int) -> Cost:
-        """The scores, and the table, of which a token reads its row."""
-        shape = (site.vocab_size, top_k)
-        used = (1, site.vocab_size)
-        table = Weight("table", shape, "router", "int64", multiplied=False, used=used, learnt=False)
-        return linear("proj", num_experts, site.hidden_size, "router", form="bf16") + Cost((table,))
 
-
-class SoftmaxRouter(Part):
+class SoftmaxRouter(RouterPart):
     """Softmax over all experts of the normalised, scaled input."""
 
     kind: Literal["softmax"] = "softmax"
@@ -109,13 +94,8 @@ class SoftmaxRouter(Part):
     def build(self, site: Site, num_experts: int, top_k: int) -> nn.Module:
         return SoftmaxRouting(site, num_experts, top_k)
 
-    def cost(self, site: Site, num_experts: int, top_k: int) -> Cost:
-        scales = {"scale": site.hidden_size, "expert_scale": num_experts}
-        vectors = tuple(vector(name, width, part="router") for name, width in scales.items())
-        return linear("proj", num_experts, site.hidden_size, "router", form="bf16") + Cost(vectors)
 
-
-class MLPRouter(Part):
+class MLPRouter(RouterPart):
     """A small network with a state of `hidden_size` channels; with `state_source` that layer's state is added.
 
     `skip_expert` adds a class that computes nothing: its output is the probability times the mixture's input
@@ -124,35 +104,35 @@ class MLPRouter(Part):
 
     kind: Literal["mlp"] = "mlp"
     hidden_size: PositiveInt
-    state_source: NonNegativeInt | None = None
+    state_source: Annotated[NonNegativeInt | None, Reads(ROUTER_STATE)] = None
     skip_expert: Literal["identity", "zero"] | None = None
 
     def build(self, site: Site, num_experts: int, top_k: int) -> nn.Module:
         return MLPRouting(self, site, num_experts, top_k)
 
+    def skipped(self) -> Literal["identity", "zero"] | None:
+        return self.skip_expert
+
+    def check_source(self, source: RouterPart) -> str | None:
+        if not isinstance(source, MLPRouter):
+            return "whose router leaves no state"
+        if source.hidden_size != self.hidden_size:
+            return f"whose router state has {source.hidden_size} channels, not {self.hidden_size}"
+        return None
+
     def classes(self, num_experts: int) -> int:
         """What is chosen among: the experts, and none of them if there is a skip expert."""
         return num_experts + (self.skip_expert is not None)
 
-    def cost(self, site: Site, num_experts: int, top_k: int) -> Cost:
-        """The network, and the bias of the choice."""
-        width, classes = self.hidden_size, self.classes(num_experts)
-        vectors = [vector("selection_bias", classes, part="router", form="fp32", learnt=False)]
-        if self.state_source is not None:
-            vectors.append(vector("state_scale", width, part="router"))
-        shapes = {"down_proj": (width, site.hidden_size), "fc1": (width, width), "fc2": (width, width)}
-        biased = [linear(name, *shape, "router", bias=True, form="bf16") for name, shape in shapes.items()]
-        scores = linear("out_proj", classes, width, "router", form="bf16")
-        return together([*biased, norm("norm", width), scores, Cost(tuple(vectors))])
 
-
-Router = Annotated[
-    SigmoidRouter | SqrtSoftplusRouter | HashRouter | SoftmaxRouter | MLPRouter, Field(discriminator="kind")
-]
+for _router in (SigmoidRouter, SqrtSoftplusRouter, HashRouter, SoftmaxRouter, MLPRouter):
+    register(_router)
+Router = Annotated[RouterPart, ROUTERS]
 
 
 class ScoreRouting(KeepsFp32):
     fp32: ClassVar[tuple[str, ...]] = ("selection_bias",)
+    weight_role: ClassVar[WeightRole] = ROLE
 
     def __init__(
         self,
@@ -190,6 +170,7 @@ class HashRouting(nn.Module):
     def __init__(self, site: Site, num_experts: int, top_k: int, score: Callable[[Tensor], Tensor]) -> None:
         super().__init__()
         self.num_experts, self.score = num_experts, score
+        self.weight_role = replace(ROLE, added=("table",), used={"table": (1, site.vocab_size)})
         self.proj = Linear(site.hidden_size, num_experts, bias=False)
         self.table: Tensor
         self.register_buffer("table", torch.arange(site.vocab_size * top_k).view(-1, top_k) % num_experts)
@@ -211,6 +192,8 @@ class HashRouting(nn.Module):
 
 
 class SoftmaxRouting(nn.Module):
+    weight_role: ClassVar[WeightRole] = ROLE
+
     def __init__(self, site: Site, num_experts: int, top_k: int) -> None:
         super().__init__()
         self.index, self.top_k = site.index, top_k
@@ -232,6 +215,7 @@ class SoftmaxRouting(nn.Module):
 
 class MLPRouting(KeepsFp32):
     fp32: ClassVar[tuple[str, ...]] = ("selection_bias",)
+    weight_role: ClassVar[WeightRole] = ROLE
 
     def __init__(self, config: MLPRouter, site: Site, num_experts: int, top_k: int) -> None:
         super().__init__()

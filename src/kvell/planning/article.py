@@ -10,6 +10,7 @@ from collections import Counter
 
 from kvell.config import ModelConfig
 from kvell.errors import InputError
+from kvell.layers.key_values import KeyValuePart
 
 
 def article_nbytes(
@@ -24,9 +25,10 @@ def article_nbytes(
     """Its figure; `head_dim` None is what most layers have. `sharing` False counts all layers. InputError for layers
     that keep no keys and values per head."""
     attentions = [layer.attention for layer in config.layers]
-    if any(not hasattr(attention, "num_kv_heads") for attention in attentions):
+    keepers = [attention for attention in attentions if isinstance(attention, KeyValuePart)]
+    if len(keepers) < len(attentions):
         raise InputError("method article: its formula has no figure for layers without keys and values per head")
-    layers = [attention for attention in attentions if attention.kv_source is None or not sharing]
+    layers = [attention for attention in keepers if attention.kv_source is None or not sharing]
     width, heads = (
         Counter(getattr(attention, name) for attention in layers).most_common(1)[0][0]
         for name in ("head_dim", "num_kv_heads")

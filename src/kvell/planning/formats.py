@@ -81,8 +81,7 @@ def stored_streams(config: ModelConfig, form: StorageFormat) -> StreamSpecs:
         return config.streams()
     specs: dict[tuple[int, str], StreamSpec] = {}
     for index, layer in enumerate(config.layers):
-        packed = getattr(layer.attention, "released_streams", None)
-        streams = layer.attention.streams() if packed is None else packed(form.index_form)
+        streams = layer.attention.released_streams(form.index_form)
         specs |= {(index, spec.name): spec for spec in streams}
     return specs
 

@@ -1,18 +1,41 @@
-"""The costs of a whole model: what its parts state, laid out as the Decoder puts them together.
+"""The costs of a whole model, laid out as a token passes through it.
 
-No module is built. Names are those of the Decoder's tensors, so that a test can compare the two.
+Shapes are those of the modules themselves, built on the meta device, where they need no memory; layers that are alike
+are built once. What a weight means beside its shape its module says (`weight_role`), and what is multiplied beside
+weights the part does (`works`).
 """
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
-from typing import Literal
+from typing import Literal, NamedTuple
 
-from kvell.config import LayerConfig, ModelConfig, NormPlacement
-from kvell.layers.cost import Cost, Weight, linear, norm, per_token, vector
-from kvell.layers.part import Site
+import torch
+from torch import Tensor, nn
+
+from kvell.config import LayerConfig, ModelConfig
+from kvell.draft import DraftBlock
+from kvell.layer import Layer
+from kvell.layers.cost import Form, Weight, WeightPart, WeightRole, Work, per_token
+from kvell.layers.norms import RMSNorm
+from kvell.layers.precision import KeepsFp32
 
 Place = Literal["inputs", "attention", "attention frame", "rest of layer", "end", "draft"]
+# Modules of a layer whose work is counted apart, in the order in which a token meets them; all others come behind.
+PLACES: dict[str, Place] = {"attention_frame": "attention frame", "attention": "attention"}
+NORMS, EMBEDDING, HEAD, DRAFT = (
+    WeightRole("norms"),
+    WeightRole("embedding"),
+    WeightRole("head", form="bf16"),
+    WeightRole("draft block"),
+)
+
+
+class Cost(NamedTuple):
+    """All weights and works of a block."""
+
+    weights: tuple[Weight, ...] = ()
+    works: tuple[Work, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -27,7 +50,8 @@ class Block:
 @lru_cache(maxsize=64)
 def blocks(config: ModelConfig) -> tuple[Block, ...]:
     """All of a model, in the order in which a token passes through."""
-    return tuple(_blocks(config))
+    with torch.device("meta"):
+        return tuple(_blocks(config))
 
 
 def weights(config: ModelConfig) -> Iterator[Weight]:
@@ -42,63 +66,78 @@ def last_writer(config: ModelConfig) -> int:
 
 
 def _blocks(config: ModelConfig) -> Iterator[Block]:
-    hidden, vocab = config.hidden_size, config.vocab_size
+    hidden, vocab, site, end = config.hidden_size, config.vocab_size, config.site(), config.num_layers
     # A tied table is also the head: all of it is read, and multiplied with.
-    used = (1, 1) if config.tied_head else (1, vocab)
-    table = Weight("embedding.weight", (vocab, hidden), "embedding", "bf16", multiplied=False, used=used)
-    yield Block("inputs", -1, Cost((table,)))
+    table = EMBEDDING if config.tied_head else replace(EMBEDDING, used={"embedding": (1, vocab)})
+    yield Block("inputs", -1, Cost(tuple(weights_of(nn.Embedding(vocab, hidden), "embedding", table))))
     if config.per_layer_embedding is not None:
-        inputs = config.per_layer_embedding.inputs_cost(config.site())
-        yield Block("inputs", -1, inputs.under("per_layer_inputs"))
+        inputs = config.per_layer_embedding.build_inputs(site)
+        yield Block("inputs", -1, Cost(tuple(weights_of(inputs, "per_layer_inputs"))))
+    built: dict[LayerConfig, Layer] = {}
     for index, layer in enumerate(config.layers):
-        yield from _layer(config, layer, config.site(index), f"layers.{index}")
-    yield Block("end", config.num_layers, config.connection.ends_cost(config.site()).under("ends"))
-    yield Block("end", config.num_layers, norm("norm", hidden))
+        if layer not in built:
+            built[layer] = Layer(config, layer, 0, per_layer_embedding=config.per_layer_embedding is not None)
+        yield from _layer(config, layer, built[layer], index)
+    ends = Cost(tuple(weights_of(config.connection.build_ends(site), "ends")), config.connection.ends_works(site))
+    yield Block("end", end, ends)
+    yield Block("end", end, Cost(tuple(weights_of(RMSNorm(hidden, config.norm_eps), "norm", NORMS))))
     if config.tied_head:
-        yield Block("end", config.num_layers, Cost(works=(per_token("head", vocab * hidden, form="bf16"),)))
+        yield Block("end", end, Cost(works=(per_token("head", vocab * hidden, form="bf16"),)))
     else:
-        yield Block("end", config.num_layers, linear("head", vocab, hidden, "head", form="bf16"))
+        yield Block("end", end, Cost(tuple(weights_of(nn.Linear(hidden, vocab, bias=False), "head", HEAD))))
     if config.draft is not None:
-        for cost in _draft(config, config.draft.layer):
-            yield Block("draft", config.num_layers, cost.under("draft_block", "draft block"))
+        draft = DraftBlock(config, config.draft)
+        own = Cost(tuple(replace(one, part="draft block") for one in weights_of(draft, "draft_block", DRAFT)))
+        works = [work for block in _layer(config, config.draft.layer, draft.layer, end) for work in block.cost.works]
+        yield Block("draft", end, own._replace(works=(*config.connection.ends_works(site), *works)))
 
 
-def _layer(config: ModelConfig, layer: LayerConfig, site: Site, name: str) -> Iterator[Block]:
-    """Attention, feed-forward and what belongs to the layer's end. A draft block has no per-layer embedding."""
-    source = None if layer.attention.kv_source is None else config.layers[layer.attention.kv_source].attention
-    connection, index = config.connection.cost(site), site.index
-    attention = layer.attention.cost(site, source).under(f"{name}.attention")
-    yield Block("attention frame", index, connection.under(f"{name}.attention_frame.connection"))
-    yield Block("attention frame", index, _norms(f"{name}.attention_frame", layer.attention_norm, site.hidden_size))
-    yield Block("attention", index, attention)
-    frame = f"{name}.feed_forward_frame"
-    yield Block("rest of layer", index, connection.under(f"{frame}.connection"))
-    yield Block("rest of layer", index, _norms(frame, layer.feed_forward_norm, site.hidden_size))
-    yield Block("rest of layer", index, layer.feed_forward.cost(site).under(f"{name}.feed_forward"))
-    if config.per_layer_embedding is not None and index < config.num_layers:
-        embedding = config.per_layer_embedding.cost(site)
-        yield Block("rest of layer", index, connection.under(f"{name}.per_layer_connection"))
-        yield Block("rest of layer", index, embedding.under(f"{name}.per_layer_embedding"))
-    if layer.layer_scalar:
-        yield Block("rest of layer", index, Cost((vector(f"{name}.layer_scalar", 1, learnt=False),)))
+def _layer(config: ModelConfig, layer: LayerConfig, module: Layer, index: int) -> Iterator[Block]:
+    """Attention, feed-forward and what belongs to the layer's end."""
+    site, connection = config.site(index), config.connection.works(config.site(index))
+    source = next((one.layer for one in layer.attention.layer_sources()), None)
+    attention = layer.attention.works(site, None if source is None else config.layers[source].attention)
+    works = {"attention": attention} | dict.fromkeys(("attention_frame", "feed_forward_frame"), connection)
+    children = dict(module.named_children())
+    if module.per_layer_embedding is not None:
+        works["per_layer_connection"] = connection
+    names = [*PLACES, "feed_forward_frame", "feed_forward", "per_layer_connection", "per_layer_embedding"]
+    for name in [one for one in names if one in children]:
+        held = weights_of(children[name], f"layers.{index}.{name}", NORMS)
+        yield Block(PLACES.get(name, "rest of layer"), index, Cost(tuple(held), works.get(name, ())))
+    own = module.named_buffers(recurse=False)
+    scalar = tuple(_weight(f"layers.{index}.{name}", tensor, NORMS, name) for name, tensor in own)
+    yield Block("rest of layer", index, Cost(scalar))
 
 
-def _draft(config: ModelConfig, layer: LayerConfig) -> Iterator[Cost]:
-    hidden, site = config.hidden_size, config.site(config.num_layers)
-    for name in ("embedding_norm", "residual_norm", "norm"):
-        yield norm(name, hidden)
-    for name in ("embedding_proj", "residual_proj"):
-        yield linear(name, hidden, hidden, "draft block")
-    yield config.connection.ends_cost(site).under("ends")
-    for block in _layer(config, layer, site, "layer"):
-        yield block.cost
+def weights_of(module: nn.Module, name: str, role: WeightRole = NORMS, key: str | None = None) -> Iterator[Weight]:
+    """The weights of a module and of those inside it. `role` is that of what it stands in, as `key`."""
+    own: WeightRole | None = getattr(module, "weight_role", None)
+    role, key = (role, key) if own is None else (own, None)
+    inside = key or name.rpartition(".")[2]
+    for child_name, child in module.named_children():
+        yield from weights_of(child, f"{name}.{child_name}", role, child_name)
+    for own_name, tensor in [*module.named_parameters(recurse=False), *module.named_buffers(recurse=False)]:
+        named = own_name if own is not None else inside
+        yield _weight(f"{name}.{own_name}", tensor, role, named, module)
 
 
-def _norms(frame: str, placement: NormPlacement, width: int) -> Cost:
-    """The norms before and after a block."""
-    cost = Cost()
-    if placement != "post":
-        cost += norm(f"{frame}.input_norm", width)
-    if placement != "pre":
-        cost += norm(f"{frame}.output_norm", width)
-    return cost
+def _weight(name: str, tensor: Tensor, role: WeightRole, key: str, module: nn.Module | None = None) -> Weight:
+    leaf, matrix = name.rpartition(".")[2], tensor.dim() > 1
+    table = isinstance(module, nn.Embedding)
+    part: WeightPart = "norms" if isinstance(module, RMSNorm) else role.parts.get(key, role.part)
+    form: Form = role.form if matrix and not table and key not in role.bf16 else "bf16"
+    if not tensor.is_floating_point():
+        form = "int64"
+    elif isinstance(module, KeepsFp32) and leaf in module.fp32:
+        form = "fp32"
+    return Weight(
+        name,
+        tuple(tensor.shape),
+        part,
+        form,
+        multiplied=matrix and not table and key not in role.added,
+        every_token=matrix and key in role.every_token,
+        used=role.used.get(key, (1, 1)),
+        learnt=isinstance(tensor, nn.Parameter),
+    )

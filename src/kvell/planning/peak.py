@@ -26,8 +26,7 @@ def working_nbytes(config: ModelConfig, form: StorageFormat, context: int, batch
     """Bytes that a prefill of `batch_size` prompts of `context` tokens needs at once, beside weights, cache and
     logits."""
     step = min(context * batch_size, MAX_STEP)
-    streams = getattr(config.connection, "streams", 1)
-    per_token = RESIDUAL_COPIES * streams * config.hidden_size
+    per_token = RESIDUAL_COPIES * config.connection.lanes * config.hidden_size
     if config.per_layer_embedding is not None:
         per_token += config.num_layers * config.per_layer_embedding.width
     last = last_writer(config)

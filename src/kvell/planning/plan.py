@@ -14,6 +14,7 @@ import torch
 from kvell.cache import StreamSpecs, reserved_nbytes, streams_nbytes
 from kvell.config import ModelConfig
 from kvell.errors import InputError, whole_number
+from kvell.layers.contract import AttentionDescription
 from kvell.layers.per_layer_embedding import stays_on_disk
 from kvell.planning.fit import largest_batch, longest_context
 from kvell.planning.flops import decode_flops, prefill_flops
@@ -311,12 +312,12 @@ def _layer_groups(
     return tuple(planned)
 
 
-def _described(kind: str, fields: dict[str, object]) -> str:
+def _described(kind: str, fields: AttentionDescription) -> str:
     """A layer's attention in a few words."""
-    words = [f"{kind.replace('_', '-')} {fields['num_heads']}/{fields['num_kv_heads']} x {fields['head_dim']}"]
-    words += [f"window {fields['sliding_window']}"] if fields["sliding_window"] is not None else []
-    words += [str(fields["compression"])] if fields["compression"] is not None else []
-    words += ["shared"] if fields["kv_source"] is not None else []
+    words = [f"{kind.replace('_', '-')} {fields.num_heads}/{fields.num_kv_heads} x {fields.head_dim}"]
+    words += [f"window {fields.sliding_window}"] if fields.sliding_window is not None else []
+    words += [fields.compression] if fields.compression is not None else []
+    words += ["shared"] if fields.kv_source is not None else []
     return ", ".join(words)
 
 

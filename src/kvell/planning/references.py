@@ -2,25 +2,30 @@
 grouped-query attention (Llama 3.1 8B) and multi-head attention (Llama 2 7B). Shapes: their released configs."""
 
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import torch
+from torch import nn
 
 from kvell.cache import StreamSpec
 from kvell.config import LayerConfig, ModelConfig
 from kvell.errors import CheckpointError
-from kvell.layers.cost import Cost, Technique, Work, linear, norm, together, vector
+from kvell.layers.contract import AttentionDescription, AttentionPart
+from kvell.layers.cost import WeightRole, Work
 from kvell.layers.experts import MixtureOfExperts
 from kvell.layers.feed_forward import GatedMLP
 from kvell.layers.grouped_query import GroupedQuery
 from kvell.layers.indexer import Indexer
+from kvell.layers.linear import Linear
+from kvell.layers.norms import RMSNorm
 from kvell.layers.part import Part, Site
 from kvell.layers.rotary import DefaultRotary
 from kvell.layers.routers import SigmoidRouter
 
 
-class LatentAttention(Part):
+class LatentAttention(AttentionPart):
     """Multi-head latent attention (MLA; DeepSeek V2, arXiv 2405.04434) whose rows an indexer picks (DeepSeek Sparse
     Attention; V3.2, arXiv 2512.02556): one latent row per token, of `rank` channels that are value and key at once
     and `rotary_width` that turn. Every head asks all of it, the projection to keys and values being part of the
@@ -35,63 +40,73 @@ class LatentAttention(Part):
     query_rank: int
     rank: int
     indexer: Indexer
-    kv_source: None = None
 
     def streams(self) -> tuple[StreamSpec, ...]:
         """A latent row and an indexer's row for every token."""
         return StreamSpec("latent", self.rank + self.rotary_width), StreamSpec("index", self.indexer.head_dim)
 
-    def released_streams(self, index_form: Literal["fp4", "fp8"] = "fp8") -> tuple[StreamSpec, ...]:
+    def released_streams(self, index_form: Literal["fp4", "fp8"]) -> tuple[StreamSpec, ...]:
         """As DeepSeek's inference code stores them: FP8 with an fp32 scale per 128 channels, bf16 where it turns,
         656 bytes; the indexer's FP8 with one scale, 132 bytes."""
         latent = self.rank + 4 * (self.rank // 128) + 2 * self.rotary_width
         index = self.indexer.head_dim + 4
         return StreamSpec("latent", latent, dtype=torch.uint8), StreamSpec("index", index, dtype=torch.uint8)
 
-    def cost(self, site: Site, source: Part | None = None) -> Cost:
-        hidden, heads, indexer = site.hidden_size, self.num_heads, self.indexer
-        index_queries = indexer.num_heads * indexer.head_dim
-        costs = [
-            linear("q_a_proj", self.query_rank, hidden, "projections"),
-            norm("q_a_norm", self.query_rank),
-            linear("q_b_proj", heads * (self.head_dim + self.rotary_width), self.query_rank, "projections"),
-            linear("kv_a_proj", self.rank + self.rotary_width, hidden, "projections", every_token=True),
-            norm("kv_a_norm", self.rank),
-            linear("kv_b_proj", heads * (self.head_dim + self.value_dim), self.rank, "projections"),
-            linear("o_proj", hidden, heads * self.value_dim, "projections"),
-            linear("indexer.q_proj", index_queries, self.query_rank, "indexer"),
-            linear("indexer.k_proj", indexer.head_dim, hidden, "indexer", every_token=True),
-            linear("indexer.weights_proj", indexer.num_heads, hidden, "indexer", form="bf16"),
-            Cost(tuple(vector(f"indexer.k_norm.{name}", indexer.head_dim) for name in ("weight", "bias"))),
-        ]
-        per_row = heads * (2 * self.rank + self.rotary_width)
+    def build(self, site: Site) -> "LatentShapes":
+        return LatentShapes(self, site)
+
+    def works(self, site: Site, source: Part | None) -> tuple[Work, ...]:
+        indexer = self.indexer
+        per_row = self.num_heads * (2 * self.rank + self.rotary_width)
         attention = Work("attention", per_row, most=indexer.top_k, reads=((site.index, "latent"),))
-        products = Work("indexer", index_queries, beyond=indexer.top_k, reads=((site.index, "index"),), form="fp8")
-        summed = Work("indexer", indexer.num_heads, beyond=indexer.top_k, form="fp32")
-        return together([*costs, Cost(works=(attention, products, summed))])
+        scored = partial(Work, "indexer", beyond=indexer.top_k)
+        products = scored(indexer.num_heads * indexer.head_dim, reads=((site.index, "index"),), form="fp8")
+        return attention, products, scored(indexer.num_heads, form="fp32")
 
     def full_attention_width(self) -> int:
         return self.rank + self.rotary_width
 
-    def heads_of_rows(self) -> int:
-        return 1
+    def describe(self) -> AttentionDescription:
+        return AttentionDescription(
+            num_heads=self.num_heads,
+            num_kv_heads=1,
+            head_dim=self.head_dim,
+            rotary=f"{self.rotary_width} channels",
+            compression=f"latent of {self.rank}, top {self.indexer.top_k}",
+        )
 
-    def windowed_streams(self) -> tuple[str, ...]:
-        return ()
 
-    def without(self, technique: Technique, site: Site) -> "LatentAttention":
-        return self
+class LatentShapes(nn.Module):
+    """The weights of latent attention, to be counted: it is never called."""
 
-    def describe(self) -> dict[str, object]:
-        return {
-            "num_heads": self.num_heads,
-            "num_kv_heads": 1,
-            "head_dim": self.head_dim,
-            "sliding_window": None,
-            "kv_source": None,
-            "rotary": f"{self.rotary_width} channels",
-            "compression": f"latent of {self.rank}, top {self.indexer.top_k}",
-        }
+    weight_role: ClassVar[WeightRole] = WeightRole("projections", every_token=("kv_a_proj",))
+
+    def __init__(self, config: LatentAttention, site: Site) -> None:
+        super().__init__()
+        hidden, heads = site.hidden_size, config.num_heads
+        self.q_a_proj = Linear(hidden, config.query_rank, bias=False)
+        self.q_a_norm = RMSNorm(config.query_rank, site.norm_eps)
+        self.q_b_proj = Linear(config.query_rank, heads * (config.head_dim + config.rotary_width), bias=False)
+        self.kv_a_proj = Linear(hidden, config.rank + config.rotary_width, bias=False)
+        self.kv_a_norm = RMSNorm(config.rank, site.norm_eps)
+        self.kv_b_proj = Linear(config.rank, heads * (config.head_dim + config.value_dim), bias=False)
+        self.o_proj = Linear(heads * config.value_dim, hidden, bias=False)
+        self.indexer = IndexerShapes(config.indexer, config.query_rank, hidden)
+
+
+class IndexerShapes(nn.Module):
+    """Those of its indexer, whose keys are made of every token."""
+
+    weight_role: ClassVar[WeightRole] = WeightRole(
+        "indexer", every_token=("k_proj",), bf16=("weights_proj",), parts={"k_norm": "norms"}
+    )
+
+    def __init__(self, config: Indexer, query_rank: int, hidden: int) -> None:
+        super().__init__()
+        self.q_proj = Linear(query_rank, config.num_heads * config.head_dim, bias=False)
+        self.k_proj = Linear(hidden, config.head_dim, bias=False)
+        self.weights_proj = Linear(hidden, config.num_heads, bias=False)
+        self.k_norm = nn.LayerNorm(config.head_dim)
 
 
 def deepseek_v32() -> ModelConfig:
@@ -115,7 +130,7 @@ def deepseek_v32() -> ModelConfig:
     )
     # Constructed without validation: no registered attention is latent, and nothing here is ever built.
     layers = tuple(
-        LayerConfig.model_construct(attention=attention, feed_forward=dense if index < 3 else mixture)  # type: ignore[arg-type]
+        LayerConfig.model_construct(attention=attention, feed_forward=dense if index < 3 else mixture)
         for index in range(61)
     )
     return ModelConfig.model_construct(

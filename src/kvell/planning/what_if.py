@@ -69,7 +69,7 @@ def changed_config(config: ModelConfig, change: str) -> ModelConfig:
         return without(config, CHANGES[change].techniques)
     layers = []
     for layer in config.layers:
-        heads = int(str(layer.attention.describe()["num_heads"]))
+        heads = layer.attention.describe().num_heads
         attention = GroupedQuery(
             num_heads=-(-heads // GQA_HEADS) * GQA_HEADS, num_kv_heads=GQA_HEADS, head_dim=GQA_WIDTH, rotary=None
         )
