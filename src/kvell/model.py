@@ -25,7 +25,7 @@ from kvell.kernels.choice import Choice, chosen, left_open, use
 from kvell.kernels.heap import keep_freed_memory
 from kvell.kernels.linear import linear
 from kvell.layer import Layer
-from kvell.layers.linear import Linear
+from kvell.layers.linear import Embedding, Linear
 from kvell.layers.norms import RMSNorm
 from kvell.layers.per_layer_embedding import MappedTable
 from kvell.layers.precision import rounded
@@ -50,7 +50,7 @@ class Decoder(nn.Module):
         self.config = config
         self.activation_checkpointing = activation_checkpointing
         site = config.site()
-        self.embedding = nn.Embedding(config.vocab_size, config.hidden_size)
+        self.embedding = Embedding(config.vocab_size, config.hidden_size)
         ple = config.per_layer_embedding
         self.per_layer_inputs = ple.build_inputs(site) if ple else None
         self.ends = config.connection.build_ends(site)

@@ -1,4 +1,5 @@
-"""The projections of all layers."""
+"""The projections and tables of all layers: torch's, of which none draws values on the meta device. There are none, and
+for drawing them torch would load its compiler."""
 
 from jaxtyping import Float
 from torch import Tensor, nn
@@ -7,7 +8,19 @@ from kvell.kernels.linear import linear
 
 
 class Linear(nn.Linear):
-    """torch's nn.Linear, by the kernel that suits the machine (kernels/linear.py)."""
+    """A projection, by the kernel that suits the machine (kernels/linear.py)."""
 
     def forward(self, x: Float[Tensor, "*shape in"]) -> Float[Tensor, "*shape out"]:
         return linear(x, self.weight, self.bias)
+
+    def reset_parameters(self) -> None:
+        if not self.weight.is_meta:
+            super().reset_parameters()
+
+
+class Embedding(nn.Embedding):
+    """A table of which rows are looked up."""
+
+    def reset_parameters(self) -> None:
+        if not self.weight.is_meta:
+            super().reset_parameters()

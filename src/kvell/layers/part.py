@@ -2,7 +2,7 @@
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any, NamedTuple, get_args
+from typing import Any, NamedTuple, Self, get_args
 
 from pydantic import BaseModel, ConfigDict, model_validator
 
@@ -52,6 +52,17 @@ class Part(BaseModel):
                     yield inner._replace(path=f"{name}.{inner.path}")
             elif value is not None:
                 yield from (Source(name, mark.what, value) for mark in field.metadata if isinstance(mark, Reads))
+
+    def reading(self, layer: int) -> Self:
+        """The same part, reading everything that it reads of that layer."""
+        changed: dict[str, Any] = {}
+        for name, field in type(self).model_fields.items():
+            value = getattr(self, name)
+            if isinstance(value, Part):
+                changed[name] = value.reading(layer)
+            elif value is not None and any(isinstance(mark, Reads) for mark in field.metadata):
+                changed[name] = layer
+        return self.model_copy(update=changed)
 
 
 @dataclass(frozen=True)

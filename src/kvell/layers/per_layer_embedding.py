@@ -22,7 +22,7 @@ from torch import Tensor, nn
 
 from kvell.layers.cost import WeightRole
 from kvell.layers.feed_forward import ACTIVATIONS, ActivationName
-from kvell.layers.linear import Linear
+from kvell.layers.linear import Embedding, Linear
 from kvell.layers.norms import RMSNorm
 from kvell.layers.part import Part, Site
 from kvell.layers.precision import rounded
@@ -91,7 +91,7 @@ class PerLayerInputs(nn.Module):
             parts={"table": "per-layer table"},
         )
         channels = site.num_layers * config.width
-        self.table: nn.Embedding | MappedTable = nn.Embedding(config.rows(site), channels)
+        self.table: nn.Embedding | MappedTable = Embedding(config.rows(site), channels)
         self.projection = Linear(site.hidden_size, channels, bias=False)
         self.projection_scale = site.hidden_size**-0.5
         self.norm = RMSNorm(config.width, site.norm_eps)

@@ -173,13 +173,17 @@ class HashRouting(nn.Module):
         self.weight_role = replace(ROLE, added=("table",), used={"table": (1, site.vocab_size)})
         self.proj = Linear(site.hidden_size, num_experts, bias=False)
         self.table: Tensor
-        self.register_buffer("table", torch.arange(site.vocab_size * top_k).view(-1, top_k) % num_experts)
+        self.register_buffer("table", torch.zeros(site.vocab_size, top_k, dtype=torch.long))
 
     @outside_autocast
     def forward(self, x: Float[Tensor, "T C"], step: "Step") -> tuple[Float[Tensor, "T k"], Int[Tensor, "T k"]]:
         scores = self.score(self.proj(x.to(self.proj.weight.dtype)).float())
         chosen = self.table[step.tokens]
         return normalised(scores.gather(-1, chosen)).to(x.dtype), chosen
+
+    def init_parameters(self) -> None:
+        in_turn = torch.arange(self.table.numel(), device=self.table.device) % self.num_experts
+        self.table.copy_(in_turn.view_as(self.table))
 
     def check_loaded(self, name: str, values: Tensor) -> str | None:
         """What is wrong with a table read from a file, if anything."""

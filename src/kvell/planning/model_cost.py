@@ -17,6 +17,7 @@ from kvell.config import LayerConfig, ModelConfig
 from kvell.draft import DraftBlock
 from kvell.layer import Layer
 from kvell.layers.cost import Form, Weight, WeightPart, WeightRole, Work, per_token
+from kvell.layers.linear import Embedding
 from kvell.layers.norms import RMSNorm
 from kvell.layers.precision import KeepsFp32
 
@@ -69,15 +70,16 @@ def _blocks(config: ModelConfig) -> Iterator[Block]:
     hidden, vocab, site, end = config.hidden_size, config.vocab_size, config.site(), config.num_layers
     # A tied table is also the head: all of it is read, and multiplied with.
     table = EMBEDDING if config.tied_head else replace(EMBEDDING, used={"embedding": (1, vocab)})
-    yield Block("inputs", -1, Cost(tuple(weights_of(nn.Embedding(vocab, hidden), "embedding", table))))
+    yield Block("inputs", -1, Cost(tuple(weights_of(Embedding(vocab, hidden), "embedding", table))))
     if config.per_layer_embedding is not None:
         inputs = config.per_layer_embedding.build_inputs(site)
         yield Block("inputs", -1, Cost(tuple(weights_of(inputs, "per_layer_inputs"))))
     built: dict[LayerConfig, Layer] = {}
     for index, layer in enumerate(config.layers):
-        if layer not in built:
-            built[layer] = Layer(config, layer, 0, per_layer_embedding=config.per_layer_embedding is not None)
-        yield from _layer(config, layer, built[layer], index)
+        alike = layer.reading(0)  # which layer another one reads changes no shape
+        if alike not in built:
+            built[alike] = Layer(config, layer, 0, per_layer_embedding=config.per_layer_embedding is not None)
+        yield from _layer(config, layer, built[alike], index)
     ends = Cost(tuple(weights_of(config.connection.build_ends(site), "ends")), config.connection.ends_works(site))
     yield Block("end", end, ends)
     yield Block("end", end, Cost(tuple(weights_of(RMSNorm(hidden, config.norm_eps), "norm", NORMS))))
