@@ -4,7 +4,7 @@ T tokens of the step: those of all its sequences, laid end to end, with nothing 
 prompts, a ragged batch and packed documents are all the same thing here: a list of counts.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -12,10 +12,11 @@ from jaxtyping import Int, Shaped
 from torch import Tensor
 
 from kvell.cache import Cache
+from kvell.cache_operation import CacheOperation
 from kvell.layers.contract import RotaryPart
 from kvell.layers.rotary import RotaryTable, rotary_table
 
-Left = tuple[int, str]  # the index of the layer that left something, and what it is
+Made = tuple[int, str]  # what a layer makes for later ones: its index, and what it is
 
 
 class Observed:
@@ -50,15 +51,15 @@ class Step:
         starts: list[int],
         positions: Int[Tensor, " T"],
         cache: Cache | None = None,
-        sources: frozenset[Left] = frozenset(),
+        sources: frozenset[Made] = frozenset(),
         observed: Observed | None = None,
-        made: dict[Left, Any] | None = None,
+        made: dict[Made, Any] | None = None,
         rows: Int[Tensor, " W"] | None = None,
     ) -> None:
         """`rows` are those of a whole step that a narrowed one is about."""
         self.tokens, self.counts, self.starts, self.positions = tokens, counts, starts, positions
         self.cache, self.sources, self.observed = cache, sources, observed
-        self.made: dict[Left, Any] = {} if made is None else made
+        self.made: dict[Made, Any] = {} if made is None else made
         self._rows = rows
         self._tables: dict[Any, RotaryTable] = {}
         self._complete: dict[int | None, Tensor] = {}
@@ -69,7 +70,7 @@ class Step:
         tokens: Int[Tensor, " T"],
         counts: list[int],
         cache: Cache | None,
-        sources: frozenset[Left] = frozenset(),
+        sources: frozenset[Made] = frozenset(),
         observed: Observed | None = None,
     ) -> "Step":
         """A step that continues each sequence where its cache stands, or at 0 without one."""
@@ -96,20 +97,12 @@ class Step:
             for index, (piece, count) in enumerate(zip(pieces, self.counts, strict=True))
         ]
 
-    def apart(
-        self,
-        part: Callable[..., Shaped[Tensor, "*shape"]],
-        *tensors: Shaped[Tensor, "..."] | None,
-        wanted: "Step | None" = None,
-        shape: Sequence[int] | None = None,
-    ) -> Shaped[Tensor, "*shape"]:
-        """`part(step, wanted or step, *tensors)`: what of a layer's work asks the cache, or whatever else grows.
-
-        Here it is a plain call. A step that is compiled or recorded (decoding/) leaves it out, for which the result
-        has the `shape` stated, the first tensor's without one, and the first tensor's dtype. It is a tensor of its
-        own, no view of one given or remembered: whose memory may serve for something else by then.
-        """
-        return part(self, wanted or self, *tensors)
+    def perform(
+        self, operation: CacheOperation, *inputs: Shaped[Tensor, "..."] | None, wanted: "Step | None" = None
+    ) -> Shaped[Tensor, "..."]:
+        """What an operation on the cache gives for these inputs. Steps that are compiled or recorded (decoding/)
+        leave it out of what they compile or record."""
+        return operation(self, wanted or self, *inputs)
 
     def by_sequence(self, rows: Shaped[Tensor, "T *rest"]) -> Sequence[Shaped[Tensor, "_ *rest"]]:
         """Each sequence's rows."""

@@ -1,6 +1,6 @@
 """Steps of one token per sequence, without the cost of running them operator by operator: compiled to machine code
-on the CPU, recorded as CUDA graphs on a CUDA device. Both leave out what asks the cache (Step.apart), which runs as
-ever.
+on the CPU, recorded as CUDA graphs on a CUDA device. Both leave out the layers' operations on the cache
+(cache_operation.py), which run as they are.
 """
 
 from pathlib import Path

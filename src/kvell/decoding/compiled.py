@@ -6,8 +6,8 @@ without Python:
 
     tokens, positions, rows -> embed -> layers -> norm -> head -> logits
                                           |
-                                          |-> attention over keys and values finds them by the table `rows`
-                                          `-> what else asks the cache (Step.apart) is called back, as ever
+                                          |-> operations on the cache that work in place find rows by the table
+                                          `-> other operations on the cache are called back, as they are
 
 Around the cache all shapes are known: one row per sequence. Caches stay what they are: attention over keys and values
 is told where their streams have their rows, and what else grows with the past, compressed entries, is Python as
@@ -28,13 +28,12 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from kvell.decoding.one_token import AskingTheCache, OneTokenStep, Weights
+from kvell.cache_operation import CacheOperation, InPlace
+from kvell.decoding.one_token import OneTokenStep, Weights
 from kvell.decoding.row_table import empty_table, row_table
 from kvell.errors import InputError
 from kvell.hardware import keeping_code_in, processor
 from kvell.kernels import use
-from kvell.kernels.cpp.decode import ELEMENTS, decode_operator
-from kvell.layers.key_values import KeyValueAttention
 from kvell.private_files import is_kept, keep
 from kvell.step import Step
 
@@ -42,36 +41,36 @@ if TYPE_CHECKING:
     from kvell.model import Decoder
 
 _library = torch.library.Library("kvell", "FRAGMENT")
-_library.define("apart(Tensor?[] tensors, int part, SymInt[] shape) -> Tensor")
-# The step that runs on this thread, and the parts of the compiled code that runs it.
+_library.define("cache_operation(Tensor?[] inputs, int number, SymInt[] shape) -> Tensor")
+# The step that runs on this thread, and the operations that the compiled code calls back.
 _running = threading.local()
 
 
-def _call_back(tensors: Sequence[Tensor | None], part: int, shape: Sequence[int]) -> Tensor:
+def _call_back(inputs: Sequence[Tensor | None], number: int, shape: Sequence[int]) -> Tensor:
     step: Step = _running.step
     try:
-        made: Tensor = _running.parts[part](step, step, *tensors)
-        assert tensors[0] is not None
-        return made.to(tensors[0].dtype).contiguous()  # which it need not have under autocast
+        made: Tensor = _running.operations[number](step, step, *inputs)
+        assert inputs[0] is not None
+        return made.to(inputs[0].dtype).contiguous()  # which it need not have under autocast
     except BaseException as error:
         _running.error = error
         raise
 
 
-def _shaped(tensors: Sequence[Tensor | None], part: int, shape: Sequence[int]) -> Tensor:
-    assert tensors[0] is not None
-    return tensors[0].new_empty(shape)
+def _shaped(inputs: Sequence[Tensor | None], number: int, shape: Sequence[int]) -> Tensor:
+    assert inputs[0] is not None
+    return inputs[0].new_empty(shape)
 
 
-_library.impl("apart", _call_back, "CPU")
-torch.library.register_fake("kvell::apart", _shaped, lib=_library)
+_library.impl("cache_operation", _call_back, "CPU")
+torch.library.register_fake("kvell::cache_operation", _shaped, lib=_library)
 
 
 class _LeftOut(NamedTuple):
-    """What a compiled step leaves out, in its order: what is called back, and what finds rows by the table."""
+    """What a compiled step leaves out, in its order: what is called back, and what works in place."""
 
-    parts: list[AskingTheCache]
-    attentions: list[KeyValueAttention]
+    called_back: list[CacheOperation]
+    in_place: list[InPlace]
 
 
 class _TracedStep(OneTokenStep):
@@ -82,22 +81,15 @@ class _TracedStep(OneTokenStep):
         self.rows, self.dtype = rows, model.dtype
         self.left_out = _LeftOut([], [])
 
-    def leave_out(
-        self, part: AskingTheCache, tensors: tuple[Tensor | None, ...], first: Tensor, shape: Sequence[int]
-    ) -> Tensor:
-        parts, attentions = self.left_out
-        result: Tensor
-        # The kernel writes rows as they are: into streams of their own dtype, which is the model's.
-        alike = first.dtype in ELEMENTS and all(x is None or x.dtype is self.dtype for x in tensors)
-        if isinstance(part, KeyValueAttention) and alike:
-            rows = self.rows[len(attentions)]
-            attentions.append(part)
-            given = (None if x is None else x.contiguous() for x in tensors)
-            run = decode_operator(first.dtype, first.shape[2], first.shape[1] // part.kv_heads)
-            result = run(*given, rows, part.scale)
-        else:
-            parts.append(part)
-            result = torch.ops.kvell.apart(list(tensors), len(parts) - 1, shape)
+    def leave_out(self, operation: CacheOperation, inputs: tuple[Tensor | None, ...]) -> Tensor:
+        called_back, in_place = self.left_out
+        form = operation.in_place(self.dtype, *inputs)
+        if form is not None:
+            in_place.append(form)
+            return form.run(self.rows[len(in_place) - 1], *inputs)
+        called_back.append(operation)
+        shape = list(operation.result_shape(self, *inputs))
+        result: Tensor = torch.ops.kvell.cache_operation(list(inputs), len(called_back) - 1, shape)
         return result
 
 
@@ -145,8 +137,8 @@ class CompiledStep:
         """Logits (B, V)."""
         # What is compiled looks at no dtype and no stride.
         tokens = step.tokens.long().contiguous()
-        rows, held = row_table(self.left_out.attentions, self.num_layers, step)
-        _running.step, _running.parts, _running.error = step, self.left_out.parts, None
+        rows, held = row_table(self.left_out.in_place, self.num_layers, step)
+        _running.step, _running.operations, _running.error = step, self.left_out.called_back, None
         try:
             # The package is loaded to run on one thread at a time: its runs share one state. What is called back lets
             # other threads of Python run meanwhile.
@@ -154,12 +146,12 @@ class CompiledStep:
                 logits: Tensor = self.run([tokens, step.positions, rows])[0]
             return logits
         except RuntimeError:
-            # On its way through the machine code an error in a part has lost what it is.
+            # On its way through the machine code an error in an operation has lost what it is.
             if _running.error is not None:
                 raise _running.error from None
             raise
         finally:
-            del held, _running.step, _running.parts, _running.error
+            del held, _running.step, _running.operations, _running.error
 
 
 def machine_code(

@@ -1,18 +1,16 @@
 """What both ways of decoding have in common: a step that is looked at but computes nothing, and where weights lie."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
 from operator import getitem, is_not
 from typing import TYPE_CHECKING
 
 from torch import Tensor, nn
 
+from kvell.cache_operation import CacheOperation
 from kvell.step import Step
 
 if TYPE_CHECKING:
     from kvell.model import Decoder
-
-AskingTheCache = Callable[..., Tensor]
 
 
 class OneTokenStep(Step, ABC):
@@ -22,23 +20,13 @@ class OneTokenStep(Step, ABC):
     def __init__(self, model: "Decoder", tokens: Tensor, positions: Tensor) -> None:
         super().__init__(tokens, [1] * len(tokens), [], positions, sources=model.config.reads())
 
-    def apart(
-        self,
-        part: AskingTheCache,
-        *tensors: Tensor | None,
-        wanted: Step | None = None,
-        shape: Sequence[int] | None = None,
-    ) -> Tensor:
+    def perform(self, operation: CacheOperation, *inputs: Tensor | None, wanted: Step | None = None) -> Tensor:
         assert wanted is None
-        first = tensors[0]
-        assert first is not None
-        return self.leave_out(part, tensors, first, shape or first.shape)
+        return self.leave_out(operation, inputs)
 
     @abstractmethod
-    def leave_out(
-        self, part: AskingTheCache, tensors: tuple[Tensor | None, ...], first: Tensor, shape: Sequence[int]
-    ) -> Tensor:
-        """What stands for the part's result, of this shape and like the first of the tensors that it reads."""
+    def leave_out(self, operation: CacheOperation, inputs: tuple[Tensor | None, ...]) -> Tensor:
+        """What stands for the operation's result, of its shape and like the first input."""
 
 
 class Weights:

@@ -2,16 +2,17 @@
 
 A graph launches again the kernels that were launched while it was recorded, on the same memory, without Python or
 torch between them: a decoded token of a small model is hundreds of kernels that take less time than their launches.
-What asks the cache (Step.apart) launches other kernels for every length, so it is no part of a graph:
+An operation on the cache launches other kernels for every length, so it is no part of a graph:
 
-    graph 0 -> part 0 -> graph 1 -> part 1 -> ... -> graph n
+    graph 0 -> operation 0 -> graph 1 -> operation 1 -> ... -> graph n
 
-A part reads the tensors that the graph before it has written, and its result is copied to where the next one reads.
+An operation reads the tensors that the graph before it has written, and its result is copied to where the next graph
+reads.
 The kernels are those that run without graphs, so the logits are the same. (Only experts of large batches that torch's
 grouped product does not take, as in fp32, run in another way.)
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from threading import Lock
@@ -20,35 +21,36 @@ from typing import TYPE_CHECKING, NamedTuple
 import torch
 from torch import Tensor
 
-from kvell.decoding.one_token import AskingTheCache, OneTokenStep, Weights
+from kvell.cache_operation import CacheOperation
+from kvell.decoding.one_token import OneTokenStep, Weights
 from kvell.step import Step
 
 if TYPE_CHECKING:
     from kvell.model import Decoder
 
 
-class _Apart(NamedTuple):
-    """A part, the tensors that it reads, and where its result belongs."""
+class _LeftOut(NamedTuple):
+    """An operation, its inputs, and where its result belongs."""
 
-    part: AskingTheCache
-    tensors: tuple[Tensor | None, ...]
+    operation: CacheOperation
+    inputs: tuple[Tensor | None, ...]
     result: Tensor
 
 
 class _Recorder(OneTokenStep):
-    """A step whose parts do not run: at each of them one graph ends and the next begins."""
+    """A step whose operations on the cache do not run: at each of them one graph ends and the next begins."""
 
     def __init__(
-        self, model: "Decoder", tokens: Tensor, positions: Tensor, between: Callable[[_Apart], None]
+        self, model: "Decoder", tokens: Tensor, positions: Tensor, between: Callable[[_LeftOut], None]
     ) -> None:
         super().__init__(model, tokens, positions)
         self.between = between
 
-    def leave_out(
-        self, part: AskingTheCache, tensors: tuple[Tensor | None, ...], first: Tensor, shape: Sequence[int]
-    ) -> Tensor:
-        result = first.new_empty(shape)
-        self.between(_Apart(part, tensors, result))
+    def leave_out(self, operation: CacheOperation, inputs: tuple[Tensor | None, ...]) -> Tensor:
+        first = inputs[0]
+        assert first is not None
+        result = first.new_empty(operation.result_shape(self, *inputs))
+        self.between(_LeftOut(operation, inputs, result))
         return result
 
 
@@ -59,7 +61,7 @@ class RecordedStep:
         self.weights = Weights(model)
         self.folder: Path | None = None
         self.graphs: list[torch.cuda.CUDAGraph] = []
-        self.parts: list[_Apart] = []
+        self.left_out: list[_LeftOut] = []
         self.lock = Lock()
         with torch.inference_mode(False), torch.no_grad(), _side_stream(model.device):
             self.tokens, self.positions = torch.zeros(2, batch_size, dtype=torch.long, device=model.device)
@@ -80,9 +82,9 @@ class RecordedStep:
         with self.lock:
             self.tokens.copy_(step.tokens)
             self.positions.copy_(step.positions)
-            for graph, apart in zip(self.graphs, self.parts, strict=False):
+            for graph, (operation, inputs, result) in zip(self.graphs, self.left_out, strict=False):
                 graph.replay()
-                apart.result.copy_(apart.part(step, step, *apart.tensors))
+                result.copy_(operation(step, step, *inputs))
             self.graphs[-1].replay()
             return self.logits.clone()
 
@@ -92,9 +94,9 @@ class RecordedStep:
         graph.capture_begin(pool=self.graphs[0].pool() if self.graphs else None)
         self.graphs.append(graph)
 
-    def _between(self, apart: _Apart) -> None:
+    def _between(self, left_out: _LeftOut) -> None:
         self.graphs[-1].capture_end()
-        self.parts.append(apart)
+        self.left_out.append(left_out)
         self._begin()
 
 

@@ -47,6 +47,7 @@ from pydantic import Field, PositiveInt, model_validator
 from torch import Tensor, nn
 
 from kvell.cache import StreamSpec
+from kvell.cache_operation import CacheOperation
 from kvell.kernels.compressed import attention_mass, compile_in_cpp, compressed_attention
 from kvell.kernels.rounding import hadamard, round_fp4, round_fp8
 from kvell.layers.compressor import Compressor, EntryCompressor, entry_streams
@@ -260,7 +261,7 @@ class CompressedAttention(KeepsFp32):
 
     def __init__(self, config: Compressed, site: Site) -> None:
         super().__init__()
-        self.config, self.index = config, site.index
+        self.config = config
         hidden, heads, width = site.hidden_size, config.num_heads, config.head_dim
         self.q_a_proj = Linear(hidden, config.query_rank, bias=False)
         self.q_a_norm = RMSNorm(config.query_rank, site.norm_eps)
@@ -283,6 +284,7 @@ class CompressedAttention(KeepsFp32):
             if config.indexer is not None:
                 rank, to_index = config.query_rank, round_index if config.released_rounding else None
                 self.indexer = EntryIndexer(config.indexer, config.compressor, site, rank, rotary, turned, to_index)
+        self.attend = WindowAndEntryAttention(self, config, site.index)
 
     def forward(self, x: Float[Tensor, "T C"], step: "Step", wanted: "Step | None" = None) -> Float[Tensor, "W C"]:
         """`wanted` narrows the queries to some of the step's tokens: W = T without it."""
@@ -295,66 +297,8 @@ class CompressedAttention(KeepsFp32):
         turn = self._turn(wanted or step)
         query = turn.rotate_last(self.q_norm(self.q_b_proj(low_rank).unflatten(1, (-1, self.config.head_dim))))
         asked = (None, None) if self.indexer is None else self.indexer(x.detach(), low_rank.detach(), turn)
-        y = step.apart(self._attend, query, rows, raw, index_raw, *asked, wanted=wanted)
+        y = step.perform(self.attend, query, rows, raw, index_raw, *asked, wanted=wanted)
         return self._project(turn.inverse().rotate_last(y))
-
-    def _attend(
-        self,
-        step: "Step",
-        wanted: "Step",
-        query: Float[Tensor, "W H D"],
-        rows: Float[Tensor, "T D"] | None,
-        raw: Float[Tensor, "T raw"] | None,
-        index_raw: Float[Tensor, "T index_raw"] | None,
-        index_query: Float[Tensor, "W H2 D2"] | None,
-        index_weights: Float[Tensor, "W H2"] | None,
-    ) -> Float[Tensor, "W H D"]:
-        """Over the window's rows and the entries, of the past and of this step, that are the layer's own or its
-        source's; `raw` and `index_raw` are what new entries are made of."""
-        seen = self._seen(rows, raw, step, wanted)
-        queries, visible = wanted.by_sequence(query), self._visible(wanted)
-        scale, window = self.config.head_dim**-0.5, self.config.sliding_window
-        if self.indexer is not None and index_raw is not None:
-            assert index_query is not None
-            assert index_weights is not None
-            index_entries = self.indexer.compressor.entries(index_raw, step)
-            questions = Questions(index_query, index_weights)
-            seen = seen._replace(picks=self.indexer.pick(questions, index_entries, visible, wanted))
-            if step.observed is not None:
-                masses = [
-                    attention_mass(*own, self.sink, scale=scale, window=window)
-                    for own in zip(queries, seen.window, seen.entries, visible, strict=True)
-                ]
-                step.observed.index_losses[self.index] = self.indexer.loss(
-                    questions, index_entries, visible, masses, wanted
-                )
-        step.leave(self.index, KEY_VALUES, seen)
-        outputs = [
-            compressed_attention(*own, self.sink, scale=scale, window=window)
-            for own in zip(queries, seen.window, seen.entries, visible, seen.picks, strict=True)
-        ]
-        return outputs[0] if len(outputs) == 1 else torch.cat(outputs)
-
-    def _seen(
-        self, rows: Float[Tensor, "T D"] | None, raw: Float[Tensor, "T raw"] | None, step: "Step", wanted: "Step"
-    ) -> Rows:
-        """The rows and entries of the past and of this step, the layer's own or its source's, and the source's picks
-        where they are taken."""
-        if self.config.kv_source is None:
-            assert rows is not None
-            window = step.append(self.index, "window", rows)
-            if self.compressor is None or raw is None:
-                entries = [row[:0] for row in window]
-            else:
-                entries = self.compressor.entries(raw, step)
-            return Rows(window, entries, [None] * len(window))
-        source: Rows = step.made[self.config.kv_source, KEY_VALUES]
-        if not self.config.source_picks:
-            return source._replace(picks=[None] * len(source.picks))
-        # The source may have picked for all tokens of a step of which only the last are left.
-        counts = wanted.counts
-        picks = [own if own is None else own[-count:] for own, count in zip(source.picks, counts, strict=True)]
-        return source._replace(picks=picks)
 
     def output_weights(self) -> tuple[Tensor, ...]:
         """What the block's output was last multiplied by."""
@@ -377,16 +321,85 @@ class CompressedAttention(KeepsFp32):
     def _turn(self, step: "Step") -> RotaryTable:
         return step.rotary(self.config.rotary, self.config.rotary_width, torch.float32)
 
-    def _visible(self, step: "Step") -> Sequence[Int[Tensor, " _"]]:
-        """How many entries each query sees, per sequence."""
-        compressor = self.config.compressor
-        return step.by_sequence(step.windows_complete(None if compressor is None else compressor.ratio))
-
     def _project(self, y: Float[Tensor, "T H D"]) -> Float[Tensor, "T C"]:
         """The groups' own low-rank projections, then one over all of them."""
         groups = y.flatten(1).unflatten(1, (self.config.output_groups, -1))
         weights = self.o_a_proj.weight.unflatten(0, (self.config.output_groups, -1))
         return self.o_b_proj((groups.transpose(0, 1) @ weights.mT).transpose(0, 1).flatten(1))
+
+
+class WindowAndEntryAttention(CacheOperation):
+    """Attention over the window's rows and the entries. Inputs: queries; the layer's own new rows, and the raw rows
+    that its entries and its indexer's are made of; what the indexer is asked."""
+
+    def __init__(self, attention: CompressedAttention, part: Compressed, layer: int) -> None:
+        self.attention, self.config, self.layer = attention, part, layer
+        self.streams = tuple((layer, spec.name) for spec in part.streams())
+        self.reads = None if part.kv_source is None else (part.kv_source, KEY_VALUES)
+
+    def __call__(
+        self,
+        step: "Step",
+        wanted: "Step",
+        query: Float[Tensor, "W H D"],
+        rows: Float[Tensor, "T D"] | None,
+        raw: Float[Tensor, "T raw"] | None,
+        index_raw: Float[Tensor, "T index_raw"] | None,
+        index_query: Float[Tensor, "W H2 D2"] | None,
+        index_weights: Float[Tensor, "W H2"] | None,
+    ) -> Float[Tensor, "W H D"]:
+        """Over the window's rows and the entries, of the past and of this step, that are the layer's own or its
+        source's; `raw` and `index_raw` are what new entries are made of."""
+        indexer, sink = self.attention.indexer, self.attention.sink
+        seen = self._seen(rows, raw, step, wanted)
+        queries, visible = wanted.by_sequence(query), self._visible(wanted)
+        scale, window = self.config.head_dim**-0.5, self.config.sliding_window
+        if indexer is not None and index_raw is not None:
+            assert index_query is not None
+            assert index_weights is not None
+            index_entries = indexer.compressor.entries(index_raw, step)
+            questions = Questions(index_query, index_weights)
+            seen = seen._replace(picks=indexer.pick(questions, index_entries, visible, wanted))
+            if step.observed is not None:
+                masses = [
+                    attention_mass(*own, sink, scale=scale, window=window)
+                    for own in zip(queries, seen.window, seen.entries, visible, strict=True)
+                ]
+                step.observed.index_losses[self.layer] = indexer.loss(
+                    questions, index_entries, visible, masses, wanted
+                )
+        step.leave(self.layer, KEY_VALUES, seen)
+        outputs = [
+            compressed_attention(*own, sink, scale=scale, window=window)
+            for own in zip(queries, seen.window, seen.entries, visible, seen.picks, strict=True)
+        ]
+        return outputs[0] if len(outputs) == 1 else torch.cat(outputs)
+
+    def _seen(
+        self, rows: Float[Tensor, "T D"] | None, raw: Float[Tensor, "T raw"] | None, step: "Step", wanted: "Step"
+    ) -> Rows:
+        """The rows and entries of the past and of this step, the layer's own or its source's, and the source's picks
+        where they are taken."""
+        if self.config.kv_source is None:
+            assert rows is not None
+            window = step.append(self.layer, "window", rows)
+            if self.attention.compressor is None or raw is None:
+                entries = [row[:0] for row in window]
+            else:
+                entries = self.attention.compressor.entries(raw, step)
+            return Rows(window, entries, [None] * len(window))
+        source: Rows = step.made[self.config.kv_source, KEY_VALUES]
+        if not self.config.source_picks:
+            return source._replace(picks=[None] * len(source.picks))
+        # The source may have picked for all tokens of a step of which only the last are left.
+        counts = wanted.counts
+        picks = [own if own is None else own[-count:] for own, count in zip(source.picks, counts, strict=True)]
+        return source._replace(picks=picks)
+
+    def _visible(self, step: "Step") -> Sequence[Int[Tensor, " _"]]:
+        """How many entries each query sees, per sequence."""
+        compressor = self.config.compressor
+        return step.by_sequence(step.windows_complete(None if compressor is None else compressor.ratio))
 
 
 def round_unturned(rows: Float[Tensor, "_ D"], turned: int) -> Float[Tensor, "_ D"]:

@@ -19,6 +19,7 @@ kernels (rows shift, they are not replaced), and the beginning: zeros stand befo
 second one sees its bias there. Nothing but a sequence's own rows ever enters the convolution.
 """
 
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Annotated, ClassVar, Literal
 
@@ -28,7 +29,8 @@ from pydantic import Field, PositiveInt
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from kvell.cache import StreamSpec
+from kvell.cache import StreamKey, StreamSpec
+from kvell.cache_operation import CacheOperation
 from kvell.kernels.convolution import convolved_heads
 from kvell.layers.contract import AttentionDescription, AttentionPart
 from kvell.layers.cost import Technique, WeightRole
@@ -115,13 +117,8 @@ class ConvolutionalAttention(nn.Module):
     def __init__(self, config: Convolutional, site: Site) -> None:
         super().__init__()
         self.config, self.index = config, site.index
-        self.attend = KeyValueAttention(
-            site.index,
-            config.kv_source,
-            config.num_kv_heads,
-            scale=config.head_dim**-0.5,
-            window=config.sliding_window,
-        )
+        self.attend = KeyValueAttention(config, site.index, scale=config.head_dim**-0.5)
+        self.lay_behind = LayBehindPast((site.index, "query_key"), config.reach)
         hidden, bias = site.hidden_size, config.bias
         query_width, key_width = config.num_heads * config.head_dim, config.num_kv_heads * config.head_dim
         self.q_proj = Linear(hidden, query_width, bias=bias)
@@ -129,6 +126,7 @@ class ConvolutionalAttention(nn.Module):
             self.k_proj = Linear(hidden, key_width, bias=bias)
             self.v_proj_current = Linear(hidden, key_width // 2, bias=bias)
             self.v_proj_delayed = Linear(hidden, key_width // 2, bias=bias)
+            self.delay = DelayByOne((site.index, "delayed_value"), self.v_proj_delayed)
             self.temperature = nn.Parameter(torch.ones(config.num_kv_heads))
         channels, heads = config.channels, config.num_heads + config.own_kv_heads
         self.conv_depthwise = nn.Conv1d(channels, channels, config.depthwise_kernel, groups=channels)
@@ -142,7 +140,7 @@ class ConvolutionalAttention(nn.Module):
         value = self._value(x, step) if config.kv_source is None else None
         if wanted is not None:
             query = wanted.select(query)
-        y = step.apart(self.attend, query, None if value is None else key, value, wanted=wanted)
+        y = step.perform(self.attend, query, None if value is None else key, value, wanted=wanted)
         return self.o_proj(y.flatten(1))
 
     def output_weights(self) -> tuple[Tensor, ...]:
@@ -151,7 +149,7 @@ class ConvolutionalAttention(nn.Module):
 
     def compile_kernels(self) -> None:
         """Those in C++: else they are compiled when they are first called."""
-        self.attend.compile_kernels(self.q_proj.weight.dtype, self.config.num_heads, self.config.head_dim)
+        self.attend.compile_kernels(self.q_proj.weight.dtype)
 
     def _query_and_key(
         self, x: Float[Tensor, "T C"], step: "Step"
@@ -159,10 +157,9 @@ class ConvolutionalAttention(nn.Module):
         """Convolved behind the rows that every sequence remembers, joined with their means, normalised and turned;
         no keys where they are another layer's."""
         config = self.config
-        own_keys, reach = config.kv_source is None, config.reach
+        own_keys = config.kv_source is None
         rows = torch.cat([self.q_proj(x), self.k_proj(x)], dim=1) if own_keys else self.q_proj(x)
-        length = rows.shape[0] + reach * len(step.counts)
-        laid = step.apart(self._laid, rows, shape=(length, config.channels))
+        laid = step.perform(self.lay_behind, rows)
         cos, sin = None, None
         if config.rotary is not None:
             cos, sin = step.rotary(config.rotary, config.head_dim, x.dtype)
@@ -181,21 +178,40 @@ class ConvolutionalAttention(nn.Module):
             step.counts,
         )
 
-    def _laid(self, step: "Step", _: "Step", rows: Float[Tensor, "T channels"]) -> Float[Tensor, "L channels"]:
-        """Every sequence's rows behind those that its convolutions reach back to, all end to end."""
-        seen = step.append(self.index, "query_key", rows)
-        reach = self.config.reach
-        return torch.cat([preceded(own, count + reach) for own, count in zip(seen, step.counts, strict=True)])
-
     def _value(self, x: Float[Tensor, "T C"], step: "Step") -> Float[Tensor, "T K D"]:
         """Half the channels from the token itself, half from the one before it in its sequence."""
-        before = step.apart(self._delayed, self.v_proj_delayed(x))
+        before = step.perform(self.delay, self.v_proj_delayed(x))
         return torch.cat([self.v_proj_current(x), before], dim=1).unflatten(1, (-1, self.config.head_dim))
 
-    def _delayed(self, step: "Step", _: "Step", own: Float[Tensor, "T width"]) -> Float[Tensor, "T width"]:
-        """What the token before each makes."""
-        seen = step.append(self.index, "delayed_value", own)
-        nothing = self.v_proj_delayed.bias  # what the projection makes of the zeros before a sequence's beginning
+
+class LayBehindPast(CacheOperation):
+    """Every sequence's raw rows behind those that its convolutions reach back to, all end to end. Input: the rows
+    (T, channels); result: (L, channels), L = T + reach * sequences."""
+
+    def __init__(self, stream: StreamKey, reach: int) -> None:
+        self.streams, self.reach = (stream,), reach
+
+    def __call__(
+        self, step: "Step", wanted: "Step", rows: Float[Tensor, "T channels"]
+    ) -> Float[Tensor, "L channels"]:
+        seen = step.append(*self.streams[0], rows)
+        return torch.cat([preceded(own, n + self.reach) for own, n in zip(seen, step.counts, strict=True)])
+
+    def result_shape(self, step: "Step", *inputs: Tensor | None) -> Sequence[int]:
+        (rows,) = inputs
+        assert rows is not None
+        return rows.shape[0] + self.reach * len(step.counts), rows.shape[1]
+
+
+class DelayByOne(CacheOperation):
+    """What a projection made of the token before each. Input and result: (T, width)."""
+
+    def __init__(self, stream: StreamKey, projection: Linear) -> None:
+        self.streams, self.projection = (stream,), projection
+
+    def __call__(self, step: "Step", wanted: "Step", own: Float[Tensor, "T width"]) -> Float[Tensor, "T width"]:
+        seen = step.append(*self.streams[0], own)
+        nothing = self.projection.bias  # what it makes of the zeros before a sequence's beginning
         return torch.cat([preceded(s, n + 1, nothing)[:-1] for s, n in zip(seen, step.counts, strict=True)])
 
 

@@ -62,13 +62,7 @@ class GroupedQueryAttention(nn.Module):
         super().__init__()
         self.config = config
         hidden, heads, width = site.hidden_size, config.num_heads, config.head_dim
-        self.attend = KeyValueAttention(
-            site.index,
-            config.kv_source,
-            config.num_kv_heads,
-            scale=config.scale or width**-0.5,
-            window=config.sliding_window,
-        )
+        self.attend = KeyValueAttention(config, site.index, scale=config.scale or width**-0.5)
         self.q_proj = Linear(hidden, heads * width, bias=config.bias)
         self.q_norm = RMSNorm(width, site.norm_eps) if config.query_norm else None
         if config.kv_source is None:
@@ -92,7 +86,7 @@ class GroupedQueryAttention(nn.Module):
         if wanted is not None:
             x = wanted.select(x)
         query = self._turned(self._heads(self.q_proj(x), self.q_norm), wanted or step)
-        y = step.apart(self.attend, query, key, value, wanted=wanted)
+        y = step.perform(self.attend, query, key, value, wanted=wanted)
         return self.o_proj(self._gate(x, y).flatten(1))
 
     def output_weights(self) -> tuple[Tensor, ...]:
@@ -101,7 +95,7 @@ class GroupedQueryAttention(nn.Module):
 
     def compile_kernels(self) -> None:
         """Those in C++: else they are compiled when they are first called."""
-        self.attend.compile_kernels(self.q_proj.weight.dtype, self.config.num_heads, self.config.head_dim)
+        self.attend.compile_kernels(self.q_proj.weight.dtype)
 
     def _turned(self, heads: Float[Tensor, "T H D"], step: "Step") -> Float[Tensor, "T H D"]:
         rotary = self.config.rotary

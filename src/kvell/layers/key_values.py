@@ -9,12 +9,14 @@ writes none to the cache.
 from typing import TYPE_CHECKING, Annotated, Any, NamedTuple, Self
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from pydantic import NonNegativeInt, model_validator
 from torch import Tensor
 
 from kvell.cache import StreamSpec
+from kvell.cache_operation import CacheOperation, InPlace
 from kvell.kernels.attention import attention, compile_in_cpp
+from kvell.kernels.cpp.decode import ELEMENTS, decode_operator
 from kvell.layers.contract import AttentionDescription, AttentionPart, RotaryPart
 from kvell.layers.cost import Technique, Work
 from kvell.layers.part import Part, Reads, Site
@@ -102,12 +104,17 @@ class KeyValues(NamedTuple):
     values: list[Tensor]
 
 
-class KeyValueAttention:
-    """What of such a layer asks the cache: attention over its keys and values of this step, joined to those that its
-    sequences remember, or over those that its `source` left."""
+class KeyValueAttention(CacheOperation):
+    """Attention over a layer's keys and values of this step, joined to those that its sequences remember, or over
+    those that its source made. Inputs: queries, and the layer's own new keys and values, if it makes any."""
 
-    def __init__(self, layer: int, source: int | None, kv_heads: int, *, scale: float, window: int | None) -> None:
-        self.layer, self.source, self.kv_heads, self.scale, self.window = layer, source, kv_heads, scale, window
+    def __init__(self, part: KeyValuePart, layer: int, *, scale: float) -> None:
+        self.layer, self.source, self.scale, self.window = layer, part.kv_source, scale, part.sliding_window
+        self.group, self.width = part.num_heads // part.num_kv_heads, part.head_dim
+        holder = layer if self.source is None else self.source
+        self.rows = (holder, "key"), (holder, "value")
+        self.streams = self.rows if self.source is None else ()
+        self.reads = None if self.source is None else (self.source, KEY_VALUES)
 
     def __call__(
         self,
@@ -121,9 +128,27 @@ class KeyValueAttention:
         seen = self._seen(step, key, value)
         return attention(query, seen.keys, seen.values, wanted.counts, scale=self.scale, window=self.window)
 
-    def compile_kernels(self, dtype: torch.dtype, heads: int, width: int) -> None:
+    def in_place(self, dtype: torch.dtype, *inputs: Tensor | None) -> InPlace | None:
+        """Where all inputs are of the streams' dtype: the kernel writes rows as they are."""
+        if dtype not in ELEMENTS or any(x is not None and x.dtype is not dtype for x in inputs):
+            return None
+        return InPlace(self.rows, self.source is None, self.window, self._by_table)
+
+    def _by_table(
+        self,
+        table: Int[Tensor, "B fields"],
+        query: Float[Tensor, "B H D"],
+        key: Float[Tensor, "B K D"] | None,
+        value: Float[Tensor, "B K D"] | None,
+    ) -> Float[Tensor, "B H D"]:
+        run = decode_operator(query.dtype, self.width, self.group)
+        own = (None if x is None else x.contiguous() for x in (query, key, value))
+        attended: Tensor = run(*own, table, self.scale)
+        return attended
+
+    def compile_kernels(self, dtype: torch.dtype) -> None:
         """Those in C++: else they are compiled when they are first called."""
-        compile_in_cpp(dtype, width, heads // self.kv_heads)
+        compile_in_cpp(dtype, self.width, self.group)
 
     def _seen(
         self, step: "Step", key: Float[Tensor, "T K D"] | None, value: Float[Tensor, "T K D"] | None
@@ -134,7 +159,9 @@ class KeyValueAttention:
         assert key is not None
         assert value is not None
         heads = key.shape[1:]
-        rows = (step.append(self.layer, name, made.flatten(1)) for name, made in (("key", key), ("value", value)))
+        rows = (
+            step.append(*stream, made.flatten(1)) for stream, made in zip(self.streams, (key, value), strict=True)
+        )
         seen = KeyValues(*([own.unflatten(1, heads) for own in every] for every in rows))
         step.leave(self.layer, KEY_VALUES, seen)
         return seen

@@ -1,5 +1,5 @@
-"""The projections and tables of all layers: torch's, of which none draws values on the meta device. There are none, and
-for drawing them torch would load its compiler."""
+"""The projections and tables of all layers: torch's, but they draw no values on the meta device. There are none to be
+drawn there, and torch would load its compiler to draw them."""
 
 from jaxtyping import Float
 from torch import Tensor, nn

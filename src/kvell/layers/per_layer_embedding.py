@@ -14,12 +14,14 @@ The table is most of a small model's parameters and only the rows of used tokens
 memory-mapped on disk or off the accelerator. What people get wrong: dropping one of the three scales.
 """
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Annotated, ClassVar, Literal
 
 from jaxtyping import Float, Int
 from pydantic import Field, PositiveInt
 from torch import Tensor, nn
 
+from kvell.cache_operation import CacheOperation
 from kvell.layers.cost import WeightRole
 from kvell.layers.feed_forward import ACTIVATIONS, ActivationName
 from kvell.layers.linear import Embedding, Linear
@@ -99,15 +101,26 @@ class PerLayerInputs(nn.Module):
     def forward(self, embedded: Float[Tensor, "T C"], step: "Step") -> Float[Tensor, "T L P"]:
         shape = (-1, self.num_layers, self.width)
         if isinstance(self.table, MappedTable):
-            rows = step.apart(self._look_up, embedded, shape=(embedded.shape[0], self.num_layers * self.width))
+            rows = step.perform(LookUp(self.table), embedded)
         else:
             rows = self.table(step.tokens)
         token = rows.view(shape) * rounded(self.width**0.5, rows.dtype)
         context = self.norm((self.projection(embedded) * self.projection_scale).view(shape))
         return (context + token) * 2**-0.5
 
-    def _look_up(self, step: "Step", _: "Step", embedded: Float[Tensor, "T C"]) -> Float[Tensor, "T LP"]:
+
+class LookUp(CacheOperation):
+    """Rows of a table outside the device's memory: nothing of the cache, but nothing that could be compiled either.
+    Input: the embedded tokens (T, C), for their dtype and device; result: (T, width)."""
+
+    def __init__(self, table: MappedTable) -> None:
+        self.table = table
+
+    def __call__(self, step: "Step", wanted: "Step", embedded: Float[Tensor, "T C"]) -> Float[Tensor, "T width"]:
         return self.table(step.tokens).to(embedded)
+
+    def result_shape(self, step: "Step", *inputs: Tensor | None) -> Sequence[int]:
+        return len(step.tokens), self.table.table.shape[1]
 
 
 class PerLayerInjection(nn.Module):

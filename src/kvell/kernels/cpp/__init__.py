@@ -10,7 +10,7 @@ import shutil
 import tempfile
 from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple, NewType, get_type_hints
 
 import torch
 
@@ -25,21 +25,33 @@ FLAGS = ("-ffp-contract=fast", "-fno-math-errno")
 Constants = tuple[tuple[str, int | str], ...]
 
 
-def operator(kernel: str, **constants: int | str) -> Any:
-    """The operator of a kernel for these constants. InputError where it cannot be compiled."""
-    return _operator(kernel, tuple(constants.items()), code_folder())
+Address = NewType("Address", int)  # of a kernel's elements in memory
+
+
+def operator(kernel: str, entry: type[NamedTuple] | None = None, **constants: int | str) -> Any:
+    """The operator of a kernel for these constants. `entry` is the layout of a table of whole numbers that it reads,
+    which its source includes as entry.h. InputError where it cannot be compiled."""
+    return _operator(kernel, entry, tuple(constants.items()), code_folder())
+
+
+def c_struct(entry: type[NamedTuple]) -> str:
+    """The layout in C++: an `Element*` for an address, an `int64_t` for any other number."""
+    kinds = {Address: "Element*", int: "int64_t"}
+    fields = [f"    {kinds[kind]} {name};\n" for name, kind in get_type_hints(entry).items()]
+    return f"struct {entry.__name__} {{\n{''.join(fields)}}};\n"
 
 
 @cache
-def _operator(kernel: str, constants: Constants, folder: Path) -> Any:
+def _operator(kernel: str, entry: type[NamedTuple] | None, constants: Constants, folder: Path) -> Any:
     name = "_".join([kernel, *(str(value) for _, value in constants)])
     flags = [*FLAGS, *(f"-D{constant}={value}" for constant, value in (*constants, ("OPERATOR", name)))]
     said = [(HERE / file).read_text() for file in (COMMON, f"{kernel}.cpp")]
-    said += [str(flags), torch.__version__, processor()]
+    header = "" if entry is None else c_struct(entry)
+    said += [header, str(flags), torch.__version__, processor()]
     file = folder / f"{name}-{hashlib.sha256(''.join(said).encode()).hexdigest()[:32]}.so"
     with keeping_code_in(folder):
         if not is_kept(file):
-            _compile(kernel, file, flags)
+            _compile(kernel, header, file, flags)
     if not hasattr(torch.ops.kvell, name):  # from whichever folder: an operator can be defined once
         try:
             torch.ops.load_library(file)
@@ -55,7 +67,7 @@ def known(made: Any) -> Any:
     return made
 
 
-def _compile(kernel: str, file: Path, flags: list[str]) -> None:
+def _compile(kernel: str, header: str, file: Path, flags: list[str]) -> None:
     """Aside first, so that whoever finds the file finds all of it. The compiler works in a folder of its own: it is
     not given names with spaces, nor relative ones."""
     from torch._inductor.cpp_builder import CppBuilder, CppTorchOptions
@@ -65,6 +77,7 @@ def _compile(kernel: str, file: Path, flags: list[str]) -> None:
     with tempfile.TemporaryDirectory() as work, tempfile.TemporaryDirectory(dir=file.parent) as aside:
         for source in (COMMON, f"{kernel}.cpp"):
             shutil.copy(HERE / source, work)
+        (Path(work) / "entry.h").write_text(header)
         # What the processor can do the compiler finds out by itself.
         options = CppTorchOptions(vec_isa=invalid_vec_isa, extra_flags=flags)
         builder: Any = CppBuilder(name=kernel, sources=f"{work}/{kernel}.cpp", BuildOption=options, output_dir=work)

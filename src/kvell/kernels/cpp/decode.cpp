@@ -103,25 +103,19 @@ inline void gather(
     }
 }
 
-// An entry of the table that decode.py makes: rows that a sequence's query sees. Strides count elements, and a row
-// has its KV heads side by side; where one is given, it becomes the last one, and is also written to where else it is
-// kept, if it is.
-struct Seen {
-    Element *keys, *values;
-    int64_t key_stride, value_stride, rows;
-    Element *kept_key, *kept_value;
-};
+// An entry of the table that decode.py makes, and describes.
+#include "entry.h"
 
 // Rows [first, last) of what a sequence sees, and what comes of them for each of its query heads.
 struct Slice {
     int64_t sequence, first, last;
-    const Seen* seen;
+    const Entry* seen;
     std::vector<float> largest = {}, total = {}, joint = {};
 };
 
 void attend(const float* query, int64_t kv_heads, float scale, Slice& slice) {
     const int64_t heads = kv_heads * GROUP;
-    const Seen& seen = *slice.seen;
+    const Entry& seen = *slice.seen;
     slice.largest.assign(heads, LOWEST);
     slice.total.assign(heads, 0);
     slice.joint.assign(heads * WIDTH, 0);
@@ -150,7 +144,7 @@ template <class Number> const Number* numbers(const Tensor& tensor) {
 }
 
 // Each query (B, H, WIDTH) over the rows of its `parts` entries, and a sink, a score without a value for each head.
-Tensor attended(const Tensor& query, const Seen* seen, int64_t parts, const float* sinks, double scale) {
+Tensor attended(const Tensor& query, const Entry* seen, int64_t parts, const float* sinks, double scale) {
     Tensor output = torch::stable::empty_like(query);
     const int64_t count = query.size(0), heads = query.size(1), kv_heads = heads / GROUP, width = kv_heads * WIDTH;
     const Element* queries = numbers<Element>(query);
@@ -190,16 +184,16 @@ Tensor attended(const Tensor& query, const Seen* seen, int64_t parts, const floa
     return output;
 }
 
-// key and value (B, K, WIDTH), or none: the sequences' newest rows; table (B, 7).
+// key and value (B, K, WIDTH), or none: the sequences' newest rows; table (B, fields).
 Tensor decode(
     const Tensor query, const std::optional<Tensor> key, const std::optional<Tensor> value, const Tensor table,
     double scale
 ) {
-    const Seen* seen = numbers<Seen>(table);
+    const Entry* seen = numbers<Entry>(table);
     if (key && value) {
         const int64_t width = key->size(1) * WIDTH;
         for (int64_t s = 0; s < query.size(0); ++s) {
-            const Seen& own = seen[s];
+            const Entry& own = seen[s];
             Element *to_key = own.keys + (own.rows - 1) * own.key_stride;
             Element *to_value = own.values + (own.rows - 1) * own.value_stride;
             write_row(numbers<Element>(*key) + s * width, width, to_key, own.kept_key);
@@ -217,10 +211,10 @@ Tensor decode_shared(
 ) {
     const auto place = [](const Tensor& all, int64_t first, int64_t count) {
         Element* from = const_cast<Element*>(numbers<Element>(all)) + first * all.stride(0);
-        return Seen{from, from, all.stride(0), all.stride(0), count, nullptr, nullptr};
+        return Entry{from, from, all.stride(0), all.stride(0), count, nullptr, nullptr};
     };
     const int64_t near = std::min(window, rows.size(0)), far = *numbers<int64_t>(visible);
-    Seen seen[2] = {place(rows, rows.size(0) - near, near), place(entries, 0, far)};
+    Entry seen[2] = {place(rows, rows.size(0) - near, near), place(entries, 0, far)};
     std::vector<Element> gathered;
     if (picks) {
         const int64_t* chosen = numbers<int64_t>(*picks);

@@ -6,20 +6,36 @@ which it writes behind the others: then nothing but the table has to be made bef
 """
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from kvell.kernels.cpp import known, operator
+from kvell.kernels.cpp import Address, known, operator
 
 FEW_NUMBERS = 4096  # of all of a query's heads
 ELEMENTS = {torch.float32: "float", torch.bfloat16: "uint16_t"}
-FIELDS = 7  # of a table's entry
-Entry = tuple[int, int, int, int, int, int, int]
 # Where rows lie: the first one's address, how many elements further the next one does, and how many there are.
 Place = tuple[int, int, int]
+
+
+class Entry(NamedTuple):
+    """An entry of the table: the rows that a sequence's query sees. Strides count elements; a row has its KV heads
+    side by side. Where a newest row is given, it becomes the last one, and is also written to where else it is kept,
+    if it is. kernels/cpp/decode.cpp is compiled with this very layout.
+    """
+
+    keys: Address
+    values: Address
+    key_stride: int
+    value_stride: int
+    rows: int
+    kept_key: Address
+    kept_value: Address
+
+
+FIELDS = len(Entry._fields)
 
 
 def readable(*tensors: Tensor) -> bool:
@@ -96,21 +112,21 @@ def entry(
     value, value_stride, _ = values
     rows = held if window is None else min(window, held)
     skipped = (held - rows) * itemsize
-    return (
-        key + skipped * key_stride,
-        value + skipped * value_stride,
+    return Entry(
+        Address(key + skipped * key_stride),
+        Address(value + skipped * value_stride),
         key_stride,
         value_stride,
         rows,
-        kept_key,
-        kept_value,
+        Address(kept_key),
+        Address(kept_value),
     )
 
 
 def decode_operator(dtype: torch.dtype, width: int, group: int) -> Any:
-    """decode(query (B, H, D), newest keys (B, K, D) or None, newest values or None, table (B, 7), scale), contiguous,
-    for heads of `width` channels and `group` query heads to a KV head: (B, H, D)."""
-    return known(operator("decode", WIDTH=width, GROUP=group, ELEMENT=ELEMENTS[dtype]))
+    """decode(query (B, H, D), newest keys (B, K, D) or None, newest values or None, table (B, fields), scale),
+    contiguous, for heads of `width` channels and `group` query heads to a KV head: (B, H, D)."""
+    return known(operator("decode", Entry, WIDTH=width, GROUP=group, ELEMENT=ELEMENTS[dtype]))
 
 
 def _shared_operator(dtype: torch.dtype, width: int, heads: int) -> Any:
