@@ -27,6 +27,7 @@ from kvell.kernels.cpp import decode
 from kvell.kernels.cpp import pick as pick_in_cpp
 from kvell.kernels.cpp import sinkhorn as sinkhorn_in_cpp
 from kvell.kernels.hyper_connections import fast_sinkhorn, sinkhorn
+from kvell.kernels.table import noted_choices
 
 FLOAT, BFLOAT = torch.float32, torch.bfloat16
 # Heads of this width, so many KV heads, and query heads for each: vectors of every length, more heads than registers.
@@ -65,7 +66,7 @@ def test_one_query_each(width: int, kv_heads: int, group: int, dtype: torch.dtyp
         keys, values = ([rows(length, kv_heads, width, dtype) for length in lengths] for _ in range(2))
         counts = [1] * len(lengths)
         for window in (None, 1, 5, 128):
-            assert decode.takes(query, keys, values, counts)
+            assert not decode.refuses(query, keys, values, counts)
             y = attention(query, keys, values, counts, scale=0.3, window=window)
             assert_near(y, expected(query, keys, values, counts, scale=0.3, window=window))
 
@@ -208,22 +209,18 @@ def test_where_gradients_are_recorded_torch_computes(recorded: int, count: int) 
 def test_what_is_not_of_one_dtype_torch_computes() -> None:
     """As under autocast."""
     query, key = rows(3, 2, 8), rows(9, 1, 8)
-    assert decode.takes(query[:1], [key], [key], [1])
-    assert in_cpp.takes(query, key, key)
+    assert not decode.refuses(query[:1], [key], [key], [1])
+    assert not in_cpp.refuses(query, key, key)
     for other in (key.double(), key.half(), key.bfloat16()):
         for inputs in ((query, other, key), (query, key, other), (query.to(other), other, key)):
-            assert not decode.takes(inputs[0][:1], [inputs[1]], [inputs[2]], [1])
-            assert not in_cpp.takes(*inputs)
-    assert not decode.takes(query.double()[:1], [key.double()], [key.double()], [1])
+            assert decode.refuses(inputs[0][:1], [inputs[1]], [inputs[2]], [1])
+            assert in_cpp.refuses(*inputs)
+    assert decode.refuses(query.double()[:1], [key.double()], [key.double()], [1])
 
 
 @pytest.mark.parametrize("dtype", [FLOAT, BFLOAT])
 @pytest.mark.parametrize(("heads", "width"), [(8, 64), (3, 5), (64, 64)])
-def test_one_query_over_a_window_and_entries(
-    heads: int, width: int, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    ran, run = [], decode.shared_decode
-    monkeypatch.setattr(decode, "shared_decode", lambda *inputs, **how: ran.append(inputs) or run(*inputs, **how))
+def test_one_query_over_a_window_and_entries(heads: int, width: int, dtype: torch.dtype) -> None:
     sink = 3 * torch.randn(heads)
     for held, entries, seen, picked in ((1, 0, 0, None), (5, 9, 7, None), (400, 300, 300, 20), (30, 50, 3, 8)):
         query, window = torch.randn(1, heads, width).to(dtype), torch.randn(held, width).to(dtype)
@@ -232,12 +229,13 @@ def test_one_query_over_a_window_and_entries(
             best = torch.randperm(seen)[:picked].sort().values
             picks = torch.cat([best, best.new_full((picked - len(best),), -1)])[None]
         inputs = (query, window, far, visible, picks, sink)
-        y = compressed_attention(*inputs, scale=0.3, window=128)
+        with noted_choices() as made:
+            y = compressed_attention(*inputs, scale=0.3, window=128)
+        assert [choice.taken for choice in made] == ["c++, one query"]
         assert_near(y, compressed_attention_reference(*inputs, scale=0.3, window=128))
-    assert len(ran) == 4
     with torch.enable_grad():
-        assert not decode.takes_shared(query, window, far, sink.requires_grad_())
-    assert not decode.takes_shared(torch.zeros(1, 65, 64, dtype=dtype), window, far, torch.zeros(65))
+        assert decode.refuses_shared(*inputs[:5], sink.requires_grad_())
+    assert decode.refuses_shared(torch.zeros(1, 65, 64, dtype=dtype), *inputs[1:5], torch.zeros(65))
 
 
 def chosen(scores: Tensor, visible: Sequence[int], k: int) -> list[list[int]]:
@@ -353,7 +351,7 @@ def test_sinkhorn(streams: int, iterations: int, eps: float) -> None:
     """Of one token, of as many as fill vectors and of a few more or less, shared by threads or not."""
     for tokens in (0, 1, 2, 4, 5, 15, 16, 33, 600):
         logits = 9 * torch.randn(tokens, streams, streams)
-        assert sinkhorn_in_cpp.takes(logits)
+        assert not sinkhorn_in_cpp.refuses(logits, iterations, eps)
         assert_near(fast_sinkhorn(logits, iterations, eps), sinkhorn(logits, iterations, eps))
     apart = torch.randn(20, 2 * streams, streams)[:, ::2]
     assert_near(fast_sinkhorn(apart, iterations, eps), sinkhorn(apart, iterations, eps))

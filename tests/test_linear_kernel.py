@@ -7,6 +7,7 @@ from torch.nn import functional as F
 
 from kvell import kernels
 from kvell.kernels import linear as kernel
+from kvell.kernels.table import noted_choices
 
 IN, OUT = 96, 2 * kernel.TILE + 40
 
@@ -53,17 +54,15 @@ def test_one_row_can_be_exported(large: int, dtype: torch.dtype, monkeypatch: py
 def test_the_kernels_are_what_runs(monkeypatch: pytest.MonkeyPatch) -> None:
     """One row and many, the latter in bf16, and neither for gradients, under autocast, or where the reference is
     asked for."""
-    ran: list[str] = []
     monkeypatch.setattr(kernel, "multiplies_bf16", lambda: False)
-    for name, run in (("_of_one_row", kernel._of_one_row), ("_widened", kernel._widened)):
-        monkeypatch.setattr(kernel, name, lambda *arguments, name=name, run=run: ran.append(name) or run(*arguments))
     weight = torch.randn(4, 8).bfloat16()
     one, many = torch.randn(1, 8).bfloat16(), torch.randn(kernel.WIDENED_FROM, 8).bfloat16()
-    with torch.no_grad():
+    with torch.no_grad(), noted_choices() as made:
         kernel.linear(one, weight)
         kernel.linear(many, weight)
         kernel.linear(one.float(), weight.float())
-        assert ran == ["_of_one_row", "_widened", "_of_one_row"]
+        assert [choice.taken for choice in made] == ["one row", "widened", "one row"]
+    with torch.no_grad(), noted_choices() as made:
         kernel.linear(many.float(), weight.float())
         kernel.linear(many[:3], weight)
         with kernels.use("reference"):
@@ -72,6 +71,7 @@ def test_the_kernels_are_what_runs(monkeypatch: pytest.MonkeyPatch) -> None:
         with torch.autocast("cpu", torch.bfloat16):
             assert kernel.linear(one, weight.float()).dtype == torch.bfloat16
             assert kernel.linear(one.float(), weight.float(), torch.zeros(4)).dtype == torch.bfloat16
-    kernel.linear(one, weight)
-    kernel.linear(many, weight)
-    assert len(ran) == 3
+    with noted_choices() as with_gradients:
+        kernel.linear(one, weight)
+        kernel.linear(many, weight)
+    assert [choice.taken for choice in [*made, *with_gradients]] == ["reference"] * 8

@@ -9,7 +9,7 @@ B sequences, T queries of all sequences laid end to end, S rows seen, H query he
 Neither version pads or holds T x S scores for all queries: the fast one works in blocks of queries.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -18,7 +18,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from kvell.kernels.autocast import outside_autocast
-from kvell.kernels.choice import cpp_wanted, reference_wanted, triton_wanted
+from kvell.kernels.table import CPP, TRITON, Kernel, KernelVersion
 
 # Queries per block: large enough to keep the matrix products efficient, small enough to keep memory flat.
 QUERY_BLOCK = 256
@@ -36,32 +36,49 @@ def attention(
     window: int | None = None,
 ) -> Float[Tensor, "T H D"]:
     """Attention of sequence b's `counts[b]` queries over `keys[b]`, `values[b]`."""
-    if triton_wanted(query):
-        from kvell.kernels.triton.decode import ragged_decode, takes
+    attended: Tensor = ATTENTION(query, keys, values, counts, scale=scale, window=window)
+    return attended
 
-        if takes(query, keys, counts):
-            return ragged_decode(query, keys, values, scale=scale, window=window)
-    run: Callable[..., Tensor] = attention_reference if reference_wanted() else attention_blocked
-    if cpp_wanted(query):
-        from kvell.kernels.cpp import attention as in_cpp
-        from kvell.kernels.cpp import decode
 
-        if decode.takes(query, keys, values, counts):
-            return decode.ragged_decode(query, keys, values, scale=scale, window=window)
-        if in_cpp.takes(query, keys[0], values[0]):
-            run = in_cpp.causal_attention
+def attention_by_sequence(
+    query: Float[Tensor, "T H D"],
+    keys: Sequence[Float[Tensor, "_ K D"]],
+    values: Sequence[Float[Tensor, "_ K D"]],
+    counts: Sequence[int],
+    *,
+    scale: float,
+    window: int | None = None,
+) -> Float[Tensor, "T H D"]:
+    """One sequence after another."""
     if len(counts) == 1:
-        return run(query, keys[0], values[0], scale=scale, window=window)
-    fresh = all(len(key) == count for key, count in zip(keys, counts, strict=True))
-    if fresh and len(set(counts)) == 1 and run is attention_blocked:
-        # Sequences of one length with nothing before them (training): one call for all of them.
-        batched = query.unflatten(0, (len(counts), counts[0]))
-        return _several(batched, torch.stack(list(keys)), torch.stack(list(values)), scale, window).flatten(0, 1)
-    outputs = [
-        run(q, key, value, scale=scale, window=window)
-        for q, key, value in zip(query.split(list(counts)), keys, values, strict=True)
-    ]
-    return torch.cat(outputs)
+        only: Tensor = ATTENTION_OF_ONE(query, keys[0], values[0], scale=scale, window=window)
+        return only
+    each = zip(query.split(list(counts)), keys, values, strict=True)
+    return torch.cat([ATTENTION_OF_ONE(*own, scale=scale, window=window) for own in each])
+
+
+def attention_of_equals(
+    query: Float[Tensor, "T H D"],
+    keys: Sequence[Float[Tensor, "_ K D"]],
+    values: Sequence[Float[Tensor, "_ K D"]],
+    counts: Sequence[int],
+    *,
+    scale: float,
+    window: int | None = None,
+) -> Float[Tensor, "T H D"]:
+    """Sequences of one length with nothing before them (training): one call for all of them."""
+    batched = query.unflatten(0, (len(counts), counts[0]))
+    return _several(batched, torch.stack(list(keys)), torch.stack(list(values)), scale, window).flatten(0, 1)
+
+
+def _unequal(
+    query: Tensor, keys: Sequence[Tensor], values: Sequence[Tensor], counts: Sequence[int], **_: Any
+) -> str | None:
+    if len(counts) == 1:
+        return "a single sequence"
+    if len(set(counts)) > 1 or any(len(key) != count for key, count in zip(keys, counts, strict=True)):
+        return "sequences of several lengths, or with a past"
+    return None
 
 
 def compile_in_cpp(dtype: torch.dtype, width: int, group: int) -> None:
@@ -218,3 +235,25 @@ def _band(queries: int, rows: int, window: int | None, device: torch.device) -> 
     """Which of `rows` rows each of the last `queries` of them sees."""
     mask = torch.ones(queries, rows, dtype=torch.bool, device=device).tril(rows - queries)
     return mask if window is None else mask.triu(rows - queries - window + 1)
+
+
+ATTENTION_OF_ONE = Kernel(
+    "attention_of_one_sequence",
+    KernelVersion("c++", "cpp", f"{CPP}.attention:causal_attention", f"{CPP}.attention:refuses"),
+    KernelVersion("blocks", "torch", attention_blocked),
+    KernelVersion("reference", "reference", attention_reference),
+)
+ATTENTION = Kernel(
+    "attention",
+    KernelVersion(
+        "triton, one query",
+        "triton",
+        f"{TRITON}.decode:ragged_decode",
+        f"{TRITON}.decode:refuses",
+    ),
+    KernelVersion("c++, one query", "cpp", f"{CPP}.decode:ragged_decode", f"{CPP}.decode:refuses"),
+    KernelVersion("c++, by sequence", "cpp", attention_by_sequence, f"{CPP}.attention:refuses_all"),
+    KernelVersion("equal lengths", "torch", attention_of_equals, _unequal),
+    KernelVersion("by sequence", "torch", attention_by_sequence),
+    KernelVersion("by sequence, reference", "reference", attention_by_sequence),
+)

@@ -1,4 +1,4 @@
-"""Which version of a kernel runs: the one place where that is decided.
+"""Which versions of kernels are asked for; table.py chooses among them.
 
 Every kernel is a reference in plain torch, written to be read, and a fast version with the same arguments. Some have
 a third in Triton, which the fast version is on a CUDA device where Triton is installed, or in C++. `use("reference")`
@@ -20,9 +20,6 @@ from contextvars import ContextVar, Token
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Literal, get_args
-
-import torch
-from torch import Tensor
 
 from kvell.errors import InputError
 from kvell.hardware import user_code_folder
@@ -87,41 +84,12 @@ def left_open() -> bool:
     return _version.get() is None
 
 
-def reference_wanted() -> bool:
-    return chosen() == "reference"
-
-
-def triton_wanted(tensor: Tensor) -> bool:
-    """Whether a kernel that has a Triton version runs it on `tensor` and others like it. InputError where
-    `use("triton")` demands what cannot be."""
-    version = chosen()
-    # torch's compiler makes kernels of its own from the torch version.
-    if version == "reference" or torch.compiler.is_compiling():
-        return False
-    if version in ("fast", "cpp"):
-        return tensor.is_cuda and tensor.dtype != torch.float64 and triton_installed()
-    if tensor.dtype == torch.float64:
-        raise InputError('kernel version "triton" computes in float32: it does not take float64')
-    if not tensor.is_cuda and not (tensor.device.type == "cpu" and _interpreted()):
-        raise InputError(
-            f'kernel version "triton" needs a CUDA device, not "{tensor.device.type}" '
-            "(on the CPU: TRITON_INTERPRET=1, set before Triton is imported)"
-        )
-    return True
-
-
-def cpp_wanted(tensor: Tensor, *, traceable: bool = False) -> bool:
-    """Whether a kernel that has a C++ version runs it on `tensor` and others like it. `traceable`: torch's compiler
-    knows the operator, so it may also become part of what torch.export traces, a decoding step that is compiled."""
-    compiling = torch.compiler.is_compiling() and not (traceable and torch.compiler.is_exporting())
-    return chosen() == "cpp" and tensor.device.type == "cpu" and not compiling
-
-
 def triton_installed() -> bool:
     return _TRITON_INSTALLED
 
 
-def _interpreted() -> bool:
+def interpreted() -> bool:
+    """Whether Triton's kernels run in its interpreter."""
     from kvell.kernels.triton import INTERPRETED
 
     return INTERPRETED

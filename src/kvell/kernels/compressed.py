@@ -15,6 +15,7 @@ n queries of one sequence, S rows, E entries, H heads, D width, P picks.
 """
 
 from collections.abc import Iterator
+from typing import Any
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -22,7 +23,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from kvell.kernels.autocast import outside_autocast
-from kvell.kernels.choice import cpp_wanted, reference_wanted, triton_wanted
+from kvell.kernels.table import CPP, TRITON, Kernel, KernelVersion
 from kvell.kernels.top_k import top_k_of_seen
 
 # Scores of a block of queries are at most about so many numbers: large enough to keep matrix products efficient.
@@ -46,23 +47,21 @@ def compressed_attention(
     window: int,
 ) -> Float[Tensor, "n H D"]:
     """One sequence's queries, its last n rows', over its rows and entries. Picks of -1 stand for none."""
-    if triton_wanted(query):
-        from kvell.kernels.triton.compressed import compressed_attention as in_triton
+    attended: Tensor = COMPRESSED_ATTENTION(query, rows, entries, visible, picks, sink, scale=scale, window=window)
+    return attended
 
-        return in_triton(query, rows, entries, visible, picks, sink, scale=scale, window=window)
-    if reference_wanted():
-        run = compressed_attention_reference
-    elif query.shape[0] == 1:
-        run = compressed_attention_of_one
-        if cpp_wanted(query):
-            from kvell.kernels.cpp.decode import shared_decode, takes_shared
 
-            run = shared_decode if takes_shared(query, rows, entries, sink) else run
-    else:
-        alike = query.dtype == rows.dtype == entries.dtype  # which they are not under autocast, with a cache
-        joined = query.device.type == "cpu" and alike and not torch.is_grad_enabled()
-        run = compressed_attention_joined if joined else compressed_attention_blocked
-    return run(query, rows, entries, visible, picks, sink, scale=scale, window=window)
+def _not_alone(query: Tensor, *_: Any, **__: Any) -> str | None:
+    return None if query.shape[0] == 1 else "several queries"
+
+
+def _not_joined(query: Tensor, rows: Tensor, entries: Tensor, *_: Any, **__: Any) -> str | None:
+    """Why window and entries do not go through torch's streaming attention."""
+    if query.device.type != "cpu":
+        return "not on the CPU"
+    if not query.dtype == rows.dtype == entries.dtype:
+        return "several dtypes"  # as under autocast, with a cache
+    return "gradients are recorded" if torch.is_grad_enabled() else None
 
 
 @outside_autocast
@@ -326,18 +325,8 @@ def pick(
 
     Of equal scores the lowest index. P is top_k, or E if there are fewer entries.
     """
-    if triton_wanted(query):
-        from kvell.kernels.triton.index import pick as in_triton
-
-        return in_triton(query, weights, keys, visible, top_k)
-    if cpp_wanted(query):
-        from kvell.kernels.cpp import pick as in_cpp
-
-        if in_cpp.takes(keys):
-            return in_cpp.pick(query, weights, keys, visible, top_k)
-    fast = pick_for_one if query.shape[0] == 1 else pick_blocked
-    run = pick_reference if reference_wanted() else fast
-    return run(query, weights, keys, visible, top_k)
+    picks: Tensor = PICK(query, weights, keys, visible, top_k)
+    return picks
 
 
 def pick_reference(
@@ -389,3 +378,22 @@ def pick_blocked(
         best = top_k_of_seen(index_scores(query[block], weights[block], keys[:most]), seen, min(top_k, most))
         picks[block, : best.shape[1]] = best
     return picks
+
+
+COMPRESSED_ATTENTION = Kernel(
+    "compressed_attention",
+    KernelVersion("triton", "triton", f"{TRITON}.compressed:compressed_attention"),
+    KernelVersion("c++, one query", "cpp", f"{CPP}.decode:shared_decode", f"{CPP}.decode:refuses_shared"),
+    KernelVersion("one query", "torch", compressed_attention_of_one, _not_alone),
+    KernelVersion("joined", "torch", compressed_attention_joined, _not_joined),
+    KernelVersion("blocks", "torch", compressed_attention_blocked),
+    KernelVersion("reference", "reference", compressed_attention_reference),
+)
+PICK = Kernel(
+    "pick",
+    KernelVersion("triton", "triton", f"{TRITON}.index:pick"),
+    KernelVersion("c++", "cpp", f"{CPP}.pick:pick", f"{CPP}.pick:refuses"),
+    KernelVersion("one query", "torch", pick_for_one, _not_alone),
+    KernelVersion("blocks", "torch", pick_blocked),
+    KernelVersion("reference", "reference", pick_reference),
+)

@@ -11,8 +11,8 @@ from jaxtyping import Float
 from torch import Tensor
 from torch.nn import functional as F
 
-from kvell.kernels.choice import triton_wanted
 from kvell.kernels.rotation import rotate_last
+from kvell.kernels.table import TRITON, Kernel, KernelVersion
 
 
 def pooled_entries(
@@ -27,11 +27,8 @@ def pooled_entries(
 ) -> Float[Tensor, "J D"]:
     """The entries of J windows. `rows` are their tokens' and, with `behind` 1, those of the window before the first,
     which without it has none before it. There is overlap where channels are twice D."""
-    if triton_wanted(rows):
-        from kvell.kernels.triton.compressor import pooled_entries as run
-    else:
-        run = pooled_entries_reference
-    return run(rows, bias, weight, cos, sin, behind=behind, eps=eps)
+    entries: Tensor = POOLED_ENTRIES(rows, bias, weight, cos, sin, behind=behind, eps=eps)
+    return entries
 
 
 def pooled_entries_reference(
@@ -63,3 +60,10 @@ def _overlapping(
     if not behind:
         before = torch.cat([torch.full_like(before[:1], nothing), before])
     return torch.cat([before[: len(own) - behind], own[behind:]], dim=1)
+
+
+POOLED_ENTRIES = Kernel(
+    "pooled_entries",
+    KernelVersion("triton", "triton", f"{TRITON}.compressor:pooled_entries"),
+    KernelVersion("reference", "reference", pooled_entries_reference),
+)

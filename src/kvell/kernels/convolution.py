@@ -16,8 +16,8 @@ from jaxtyping import Float
 from torch import Tensor
 from torch.nn import functional as F
 
-from kvell.kernels.choice import reference_wanted, triton_wanted
 from kvell.kernels.rotation import rotate
+from kvell.kernels.table import TRITON, Kernel, KernelVersion
 
 
 def convolved_heads(
@@ -33,11 +33,10 @@ def convolved_heads(
 ) -> tuple[Float[Tensor, "T H D"], Float[Tensor, "T K D"]]:
     """Queries and keys of every sequence's `counts[b]` tokens. Without `temperature` there are no keys, K = 0;
     without cos and sin nothing turns."""
-    if triton_wanted(laid):
-        from kvell.kernels.triton.convolution import convolved_heads as run
-    else:
-        run = convolved_heads_reference if reference_wanted() else convolved_heads_by_products
-    return run(laid, depthwise, depthwise_bias, grouped, grouped_bias, temperature, cos, sin, counts)
+    heads: tuple[Tensor, Tensor] = CONVOLVED_HEADS(
+        laid, depthwise, depthwise_bias, grouped, grouped_bias, temperature, cos, sin, counts
+    )
+    return heads
 
 
 def convolved_heads_reference(
@@ -149,3 +148,11 @@ def _heads_of(
 def normalised(x: Float[Tensor, "T heads D"]) -> Float[Tensor, "T heads D"]:
     """Every head at the L2 norm sqrt(D)."""
     return x * (x.shape[-1] ** 0.5 / x.norm(dim=-1, keepdim=True).clamp_min(torch.finfo(x.dtype).eps))
+
+
+CONVOLVED_HEADS = Kernel(
+    "convolved_heads",
+    KernelVersion("triton", "triton", f"{TRITON}.convolution:convolved_heads"),
+    KernelVersion("products", "torch", convolved_heads_by_products),
+    KernelVersion("reference", "reference", convolved_heads_reference),
+)

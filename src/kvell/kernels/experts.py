@@ -6,14 +6,15 @@ A choice of E, one past the last expert, stands for none: it adds nothing.
 """
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 from torch.nn import functional as F
 
-from kvell.kernels.choice import reference_wanted
 from kvell.kernels.linear import linear
+from kvell.kernels.table import Kernel, KernelVersion
 from kvell.kernels.tracing import kept
 
 # On a GPU so few (token, expert) pairs read a copy of their experts' weights: for being told who is chosen the host
@@ -30,19 +31,8 @@ def experts(
     unit: Callable[[Tensor, Tensor], Tensor],
 ) -> Float[Tensor, "T C"]:
     """The weighted sum of each token's chosen experts; `gate_up` stacks gate rows over up rows."""
-    if reference_wanted():
-        run = experts_reference
-    elif torch.compiler.is_compiling():
-        run = experts_indexed
-    elif x.is_cuda and chosen.numel() <= GATHERED:
-        run = experts_gathered
-    elif x.is_cuda and x.dtype is torch.bfloat16 and not torch.is_grad_enabled() and fits_grouped(gate_up, down):
-        run = experts_of_groups
-    elif x.is_cuda and torch.cuda.is_current_stream_capturing():
-        run = experts_gathered
-    else:
-        run = experts_of_one_token if len(x) == 1 else experts_grouped
-    return run(x, weights, chosen, gate_up, down, unit)
+    y: Tensor = EXPERTS(x, weights, chosen, gate_up, down, unit)
+    return y
 
 
 def experts_reference(
@@ -167,3 +157,42 @@ def _summed(
 ) -> Float[Tensor, "T C"]:
     """Choices of none add nothing, whatever stands in their rows."""
     return torch.where(there[:, :, None], outputs * weights[:, :, None], 0).sum(1)
+
+
+def _not_traced(*_: Any) -> str | None:
+    return None if torch.compiler.is_compiling() else "not traced"
+
+
+def _many(x: Tensor, weights: Tensor, chosen: Tensor, *_: Any) -> str | None:
+    if not x.is_cuda:
+        return "not on a CUDA device"
+    return None if chosen.numel() <= GATHERED else f"more than {GATHERED} choices"
+
+
+def _not_grouped(x: Tensor, weights: Tensor, chosen: Tensor, gate_up: Tensor, down: Tensor, unit: Any) -> str | None:
+    """Why torch's grouped product does not take these."""
+    if not x.is_cuda or x.dtype is not torch.bfloat16:
+        return "not in bf16 on a CUDA device"
+    if torch.is_grad_enabled():
+        return "gradients are recorded"
+    return None if fits_grouped(gate_up, down) else "rows that are not whole 16 bytes"
+
+
+def _not_recorded(x: Tensor, *_: Any) -> str | None:
+    return None if x.is_cuda and torch.cuda.is_current_stream_capturing() else "no CUDA graph is recorded"
+
+
+def _several_tokens(x: Tensor, *_: Any) -> str | None:
+    return None if len(x) == 1 else "several tokens"
+
+
+EXPERTS = Kernel(
+    "experts",
+    KernelVersion("indexed", "torch", experts_indexed, _not_traced),
+    KernelVersion("gathered", "torch", experts_gathered, _many),
+    KernelVersion("grouped product", "torch", experts_of_groups, _not_grouped),
+    KernelVersion("gathered, recorded", "torch", experts_gathered, _not_recorded),
+    KernelVersion("one token", "torch", experts_of_one_token, _several_tokens),
+    KernelVersion("sorted", "torch", experts_grouped),
+    KernelVersion("reference", "reference", experts_reference),
+)

@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from kvell.kernels.autocast import outside_autocast
-from kvell.kernels.choice import cpp_wanted, reference_wanted, triton_wanted
+from kvell.kernels.table import CPP, TRITON, Kernel, KernelVersion
 
 
 @outside_autocast
@@ -29,11 +29,10 @@ def hyper_read(
     norm_eps: float,
 ) -> tuple[Float[Tensor, "T C"], Float[Tensor, "T N"], Float[Tensor, "T N N"]]:
     """The block's input, post and mix. Without `iterations` of Sinkhorn mix stays as it is. M is N * (2 + N)."""
-    if triton_wanted(h):
-        from kvell.kernels.triton.hyper_connections import hyper_read as run
-    else:
-        run = hyper_read_reference if reference_wanted() else hyper_read_fast
-    return run(h, weight, base, scale, iterations=iterations, eps=eps, norm_eps=norm_eps)
+    read: tuple[Tensor, Tensor, Tensor] = HYPER_READ(
+        h, weight, base, scale, iterations=iterations, eps=eps, norm_eps=norm_eps
+    )
+    return read
 
 
 @outside_autocast
@@ -41,11 +40,8 @@ def hyper_write(
     h: Float[Tensor, "T N C"], y: Float[Tensor, "T C"], post: Float[Tensor, "T N"], mix: Float[Tensor, "T N N"]
 ) -> Float[Tensor, "T N C"]:
     """The streams after a block whose output is y."""
-    if triton_wanted(h):
-        from kvell.kernels.triton.hyper_connections import hyper_write as run
-    else:
-        run = hyper_write_reference
-    return run(h, y, post, mix)
+    written: Tensor = HYPER_WRITE(h, y, post, mix)
+    return written
 
 
 def hyper_read_reference(
@@ -96,12 +92,13 @@ def hyper_read_fast(
 
 
 def fast_sinkhorn(logits: Float[Tensor, "T N N"], iterations: int, eps: float) -> Float[Tensor, "T N N"]:
-    """`sinkhorn`, in C++ where that is wanted, else with the tokens last."""
-    if cpp_wanted(logits, traceable=True):
-        from kvell.kernels.cpp import sinkhorn as in_cpp
+    """`sinkhorn`, in few passes over all tokens."""
+    mix: Tensor = SINKHORN(logits, iterations, eps)
+    return mix
 
-        if in_cpp.takes(logits):
-            return in_cpp.sinkhorn(logits, iterations, eps)
+
+def sinkhorn_tokens_last(logits: Float[Tensor, "T N N"], iterations: int, eps: float) -> Float[Tensor, "T N N"]:
+    """The same with the tokens last."""
     by_columns = _sinkhorn_by_columns(logits.permute(1, 2, 0).contiguous(), iterations, eps)
     # Laid out by tokens again: a product of many small matrices that are not takes ten times as long.
     return by_columns.permute(2, 0, 1).contiguous()
@@ -150,3 +147,22 @@ def flat_norm(h: Float[Tensor, "T N C"], eps: float) -> Float[Tensor, "T NC"]:
 def collapse(weights: Float[Tensor, "T N"], h: Float[Tensor, "T N C"]) -> Float[Tensor, "T C"]:
     """The weighted sum of the streams, in their dtype."""
     return (weights[:, None] @ h.float()).squeeze(1).to(h.dtype)
+
+
+HYPER_READ = Kernel(
+    "hyper_read",
+    KernelVersion("triton", "triton", f"{TRITON}.hyper_connections:hyper_read"),
+    KernelVersion("late norm", "torch", hyper_read_fast),
+    KernelVersion("reference", "reference", hyper_read_reference),
+)
+HYPER_WRITE = Kernel(
+    "hyper_write",
+    KernelVersion("triton", "triton", f"{TRITON}.hyper_connections:hyper_write"),
+    KernelVersion("reference", "reference", hyper_write_reference),
+)
+SINKHORN = Kernel(
+    "sinkhorn",
+    KernelVersion("c++", "cpp", f"{CPP}.sinkhorn:sinkhorn", f"{CPP}.sinkhorn:refuses", traceable=True),
+    KernelVersion("tokens last", "torch", sinkhorn_tokens_last),
+    KernelVersion("reference", "reference", sinkhorn),
+)

@@ -14,7 +14,7 @@ from jaxtyping import Float
 from torch import Tensor
 from torch.nn import functional as F
 
-from kvell.kernels.choice import reference_wanted
+from kvell.kernels.table import Kernel, KernelVersion
 from kvell.kernels.tracing import kept
 
 # Widening weights takes as long as multiplying so many rows as they are.
@@ -29,14 +29,29 @@ def linear(
     x: Float[Tensor, "*shape in"], weight: Float[Tensor, "out in"], bias: Float[Tensor, " out"] | None = None
 ) -> Float[Tensor, "*shape out"]:
     """x @ weight.T + bias."""
-    known = x.device.type == "cpu" and x.dtype in LARGE and weight.dtype is x.dtype
-    if known and not (torch.is_grad_enabled() or torch.is_autocast_enabled("cpu") or reference_wanted()):
-        rows = x.numel() // x.shape[-1]
-        if rows == 1:
-            return _of_one_row(x, weight, bias)
-        if rows >= WIDENED_FROM and x.dtype is torch.bfloat16 and not multiplies_bf16():
-            return _widened(x, weight, bias)
-    return F.linear(x, weight, bias)
+    y: Tensor = LINEAR(x, weight, bias)
+    return y
+
+
+def _left_to_torch(x: Tensor, weight: Tensor) -> str | None:
+    """Why the product is torch's own, whatever the number of rows."""
+    if x.device.type != "cpu":
+        return "not on the CPU"
+    if x.dtype not in LARGE or weight.dtype is not x.dtype:
+        return "not all in fp32, or all in bf16"
+    if torch.is_grad_enabled():
+        return "gradients are recorded"
+    return "under autocast" if torch.is_autocast_enabled("cpu") else None
+
+
+def _several_rows(x: Tensor, weight: Tensor, bias: Tensor | None) -> str | None:
+    return "several rows" if x.numel() != x.shape[-1] else _left_to_torch(x, weight)
+
+
+def _not_widened(x: Tensor, weight: Tensor, bias: Tensor | None) -> str | None:
+    if x.dtype is not torch.bfloat16 or x.numel() < WIDENED_FROM * x.shape[-1]:
+        return f"not in bf16, or fewer than {WIDENED_FROM} rows"
+    return "the processor multiplies bf16" if multiplies_bf16() else _left_to_torch(x, weight)
 
 
 @cache
@@ -79,3 +94,11 @@ def _widened(
     wide = x.float()
     y = torch.cat([F.linear(wide, tile.float()).to(x.dtype) for tile in weight.split(TILE)], dim=-1)
     return y if bias is None else y + bias
+
+
+LINEAR = Kernel(
+    "linear",
+    KernelVersion("one row", "torch", _of_one_row, _several_rows),
+    KernelVersion("widened", "torch", _widened, _not_widened),
+    KernelVersion("reference", "reference", F.linear),
+)

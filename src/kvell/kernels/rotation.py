@@ -7,18 +7,15 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from kvell.kernels.choice import triton_wanted
+from kvell.kernels.table import TRITON, Kernel, KernelVersion
 
 
 def rotate(
     x: Float[Tensor, "T heads D"], cos: Float[Tensor, "T pairs"], sin: Float[Tensor, "T pairs"]
 ) -> Float[Tensor, "T heads D"]:
     """Turns the first 2 x pairs channels of every head, (i, i + pairs); the rest pass through."""
-    if triton_wanted(x):
-        from kvell.kernels.triton.rotation import rotate as run
-    else:
-        run = rotate_reference
-    return run(x, cos, sin)
+    turned: Tensor = ROTATE(x, cos, sin)
+    return turned
 
 
 def rotate_reference(
@@ -41,11 +38,8 @@ def rotate_last(
     x: Float[Tensor, "T heads D"], cos: Float[Tensor, "T pairs"], sin: Float[Tensor, "T pairs"]
 ) -> Float[Tensor, "T heads D"]:
     """Turns the last 2 x pairs channels of every head, each pair side by side, in the dtype of cos and sin."""
-    if triton_wanted(x):
-        from kvell.kernels.triton.rotation import rotate_last as run
-    else:
-        run = rotate_last_reference
-    return run(x, cos, sin)
+    turned: Tensor = ROTATE_LAST(x, cos, sin)
+    return turned
 
 
 def rotate_last_reference(
@@ -67,3 +61,15 @@ def rotate_last_reference(
     if not in_place:
         turning.copy_(wide)
     return y
+
+
+ROTATE = Kernel(
+    "rotate",
+    KernelVersion("triton", "triton", f"{TRITON}.rotation:rotate"),
+    KernelVersion("reference", "reference", rotate_reference),
+)
+ROTATE_LAST = Kernel(
+    "rotate_last",
+    KernelVersion("triton", "triton", f"{TRITON}.rotation:rotate_last"),
+    KernelVersion("reference", "reference", rotate_last_reference),
+)

@@ -4,21 +4,31 @@ torch's attention on the CPU takes a mask for a window, and multiplies blocks by
 Here products, exponentials and what is visible are one loop, over what a query may see and no more.
 """
 
+from collections.abc import Sequence
 from typing import Any
 
 from jaxtyping import Float
 from torch import Tensor, dtype, float32
 
 from kvell.kernels.cpp import operator
-from kvell.kernels.cpp.decode import ELEMENTS, readable, side_by_side
+from kvell.kernels.cpp.decode import ELEMENTS, side_by_side, unreadable
 from kvell.kernels.linear import multiplies_bf16
 
 UNLIMITED = 1 << 62
 
 
-def takes(query: Tensor, key: Tensor, value: Tensor) -> bool:
-    """Whether the kernel can read these and is worth it."""
-    return readable(query, key, value) and worth(query.dtype)
+def refuses(query: Tensor, key: Tensor, value: Tensor, **_: Any) -> str | None:
+    """Why the kernel cannot read these, or is not worth it."""
+    if (problem := unreadable(query, key, value)) is None and not worth(query.dtype):
+        return "torch multiplies bf16 faster on this processor"
+    return problem
+
+
+def refuses_all(
+    query: Tensor, keys: Sequence[Tensor], values: Sequence[Tensor], counts: Sequence[int], **_: Any
+) -> str | None:
+    """The same for the sequences of a step, whose rows are alike."""
+    return refuses(query, keys[0], values[0])
 
 
 def worth(element: dtype) -> bool:
@@ -32,7 +42,7 @@ def causal_attention(
     value: Float[Tensor, "S K D"],
     *,
     scale: float,
-    window: int | None,
+    window: int | None = None,
 ) -> Float[Tensor, "n H D"]:
     """The queries are the last n of the sequence's S tokens."""
     group, width = query.shape[1] // key.shape[1], query.shape[2]

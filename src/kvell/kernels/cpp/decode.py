@@ -38,26 +38,34 @@ class Entry(NamedTuple):
 FIELDS = len(Entry._fields)
 
 
-def readable(*tensors: Tensor) -> bool:
-    """Whether these are all of one dtype that a kernel knows, which they need not be under autocast, and no gradient
-    flows through any."""
+def unreadable(*tensors: Tensor) -> str | None:
+    """Why a kernel cannot read these: dtypes that it does not know or that differ, which they may under autocast, or
+    gradients, which none of them has."""
     first = tensors[0].dtype
-    recorded = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors)
-    return first in ELEMENTS and not recorded and all(tensor.dtype is first for tensor in tensors)
+    if first not in ELEMENTS or any(tensor.dtype is not first for tensor in tensors):
+        return "not all in fp32, or all in bf16"
+    if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors):
+        return "gradients are recorded"
+    return None
 
 
-def takes(query: Tensor, keys: Sequence[Tensor], values: Sequence[Tensor], counts: Sequence[int]) -> bool:
-    """Whether these are single queries and rows that the kernel can read."""
-    return readable(query, keys[0], values[0]) and all(count == 1 for count in counts)
+def refuses(
+    query: Tensor, keys: Sequence[Tensor], values: Sequence[Tensor], counts: Sequence[int], **_: Any
+) -> str | None:
+    """Why these are no single queries, or no rows that the kernel can read."""
+    if any(count != 1 for count in counts):
+        return "several queries of a sequence"
+    return unreadable(query, keys[0], values[0])
 
 
 def ragged_decode(
     query: Float[Tensor, "B H D"],
     keys: Sequence[Float[Tensor, "_ K D"]],
     values: Sequence[Float[Tensor, "_ K D"]],
+    counts: Sequence[int] = (),
     *,
     scale: float,
-    window: int | None,
+    window: int | None = None,
 ) -> Float[Tensor, "B H D"]:
     """Each sequence's one query over its own keys[b] and values[b], or the last `window` rows of them."""
     kv_heads = keys[0].shape[1]
@@ -69,10 +77,23 @@ def ragged_decode(
     return output
 
 
-def takes_shared(query: Tensor, rows: Tensor, entries: Tensor, sink: Tensor) -> bool:
+def refuses_shared(
+    query: Tensor,
+    rows: Tensor,
+    entries: Tensor,
+    visible: Tensor,
+    picks: Tensor | None,
+    sink: Tensor,
+    **_: Any,
+) -> str | None:
     """The same for `shared_decode`. Of many wide heads torch multiplies faster, and reads no row more often."""
-    recorded = torch.is_grad_enabled() and sink.requires_grad
-    return readable(query, rows, entries) and not recorded and few(*query.shape[1:])
+    if query.shape[0] > 1:
+        return "several queries"
+    if torch.is_grad_enabled() and sink.requires_grad:
+        return "gradients are recorded"
+    if not few(*query.shape[1:]):
+        return f"more than {FEW_NUMBERS} numbers a query"
+    return unreadable(query, rows, entries)
 
 
 def few(heads: int, width: int) -> bool:

@@ -12,9 +12,9 @@ from kvell.kernels.cpp import operator
 from kvell.kernels.cpp.decode import ELEMENTS
 
 
-def takes(keys: Tensor) -> bool:
-    """Whether the kernel can read these."""
-    return keys.dtype in ELEMENTS
+def refuses(query: Tensor, weights: Tensor, keys: Tensor, visible: Tensor, top_k: int) -> str | None:
+    """Why the kernel cannot read these."""
+    return None if keys.dtype in ELEMENTS else "keys neither in fp32 nor in bf16"
 
 
 def pick(

@@ -7,12 +7,12 @@ from jaxtyping import Float
 from torch import Tensor, float32
 
 from kvell.kernels.cpp import known, operator
-from kvell.kernels.cpp.decode import readable
+from kvell.kernels.cpp.decode import unreadable
 
 
-def takes(logits: Tensor) -> bool:
-    """Whether the kernel can read these."""
-    return logits.dtype is float32 and readable(logits)
+def refuses(logits: Tensor, iterations: int, eps: float) -> str | None:
+    """Why the kernel cannot read these."""
+    return unreadable(logits) if logits.dtype is float32 else "not in fp32"
 
 
 def sinkhorn(logits: Float[Tensor, "T N N"], iterations: int, eps: float) -> Float[Tensor, "T N N"]:

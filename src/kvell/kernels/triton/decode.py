@@ -22,15 +22,27 @@ WIDEST_FP32 = 128  # blocks of wider fp32 heads do not fit into registers and sh
 LOWEST = tl.constexpr(-1e30)  # below every score, and finite: a difference of two is a number
 
 
-def takes(query: Tensor, keys: Sequence[Tensor], counts: Sequence[int]) -> bool:
-    """Whether these are single queries, of heads that fit, through which no gradient flows."""
-    fits = query.dtype != torch.float32 or query.shape[2] <= WIDEST_FP32
-    recorded = torch.is_grad_enabled() and (query.requires_grad or keys[0].requires_grad)
-    return fits and not recorded and all(count == 1 for count in counts)
+def refuses(
+    query: Tensor, keys: Sequence[Tensor], values: Sequence[Tensor], counts: Sequence[int], **_: object
+) -> str | None:
+    """Why these are no single queries, of heads that fit, through which no gradient flows."""
+    if any(count != 1 for count in counts):
+        return "several queries of a sequence"
+    if query.dtype == torch.float32 and query.shape[2] > WIDEST_FP32:
+        return f"fp32 heads wider than {WIDEST_FP32}"
+    if torch.is_grad_enabled() and (query.requires_grad or keys[0].requires_grad):
+        return "gradients are recorded"
+    return None
 
 
 def ragged_decode(
-    query: Tensor, keys: Sequence[Tensor], values: Sequence[Tensor], *, scale: float, window: int | None
+    query: Tensor,
+    keys: Sequence[Tensor],
+    values: Sequence[Tensor],
+    counts: Sequence[int] = (),
+    *,
+    scale: float,
+    window: int | None = None,
 ) -> Tensor:
     """(B, H, D): each sequence's one query over its own keys[b] and values[b], (S_b, K, D)."""
     query = query.contiguous()

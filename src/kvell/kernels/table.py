@@ -1,0 +1,164 @@
+"""The table of kernels: every computation that has more than one version, and the one function that chooses.
+
+A version says what it is made of (`made_in`), and what it does not take (`refuses`): a function of the kernel's own
+arguments that gives the reason, or None. Of those that take a call the first one runs, in the order in which they are
+listed, but for what `kernels.use` asks for (choice.py):
+
+    nothing, "fast"   Triton on a CUDA device, then plain torch; the reference where there is nothing else
+    "cpp"             the same, with C++ before plain torch
+    "reference"       the reference; plain torch for kernels that have none
+    "triton"          Triton, on the CPU in its interpreter; plain torch for calls that it does not take
+
+How versions are compared: tests/test_kernel_table.py runs every version of every kernel that takes a call against the
+reference, or the last version of one that has none.
+"""
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+from dataclasses import dataclass, field
+from functools import cache
+from importlib import import_module
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from kvell.errors import InputError
+from kvell.kernels.choice import chosen, interpreted, triton_installed
+
+MadeIn = Literal["torch", "reference", "cpp", "triton"]
+CPP, TRITON = "kvell.kernels.cpp", "kvell.kernels.triton"  # where versions stand that are imported when needed
+
+
+@dataclass(frozen=True)
+class KernelVersion:
+    """One version of a kernel.
+
+    run        what computes
+    refuses    why it does not take a call, from the kernel's arguments; None where it does, or always does
+    traceable  whether torch.export may trace it; what is traced by torch.compile is plain torch in any case
+
+    Both functions may be given as "module:name", to be imported when they are first needed.
+    """
+
+    name: str
+    made_in: MadeIn
+    run: Callable[..., Any] | str
+    refuses: Callable[..., str | None] | str | None = None
+    traceable: bool = False
+
+    def why_not(self, arguments: tuple[Any, ...], named: dict[str, Any]) -> str | None:
+        """Why it does not take these arguments, by what it is made of and by itself."""
+        first: Tensor = arguments[0]
+        if self.made_in == "triton":
+            problem = _no_triton(first)
+        elif self.made_in == "cpp":
+            problem = _no_cpp(first, self.traceable)
+        else:
+            problem = None
+        if problem is None and self.refuses is not None:
+            refuses = _imported(self.refuses) if isinstance(self.refuses, str) else self.refuses
+            problem = refuses(*arguments, **named)
+        return problem
+
+    def function(self) -> Callable[..., Any]:
+        """What computes."""
+        return _imported(self.run) if isinstance(self.run, str) else self.run
+
+
+@dataclass
+class Choice:
+    """A choice that was made: which version, and why not those before it."""
+
+    kernel: str
+    taken: str
+    refused: dict[str, str] = field(default_factory=dict)
+
+
+class Kernel:
+    """A kernel by name: called, it runs the version that is chosen for the call."""
+
+    def __init__(self, name: str, *versions: KernelVersion) -> None:
+        self.name, self.versions = name, versions
+        KERNELS[name] = self
+        plain = tuple(one for one in versions if one.made_in == "torch")
+        references = tuple(one for one in versions if one.made_in == "reference")
+        fast = (*(one for one in versions if one.made_in in ("triton", "torch")), *references)
+        self._order = {
+            "fast": fast,
+            "triton": fast,
+            "cpp": (*(one for one in versions if one.made_in != "reference"), *references),
+            "reference": references or plain,
+        }
+
+    def __call__(self, *arguments: Any, **named: Any) -> Any:
+        return self.choose(arguments, named).function()(*arguments, **named)
+
+    def choose(self, arguments: tuple[Any, ...], named: dict[str, Any]) -> KernelVersion:
+        """The first version that takes the call."""
+        noted = None if torch.compiler.is_compiling() else _noted.get()
+        refused: dict[str, str] = {}
+        for version in self._order[chosen()]:
+            problem = version.why_not(arguments, named)
+            if problem is None:
+                if noted is not None:
+                    noted.append(Choice(self.name, version.name, refused))
+                return version
+            refused[version.name] = problem
+        raise InputError(f"no version of the kernel {self.name} takes this call: {refused}")
+
+    def __repr__(self) -> str:
+        return f"Kernel({self.name}: {', '.join(version.name for version in self.versions)})"
+
+
+KERNELS: dict[str, Kernel] = {}
+_noted: ContextVar[list[Choice] | None] = ContextVar("kvell_noted_choices", default=None)
+
+
+@contextmanager
+def noted_choices() -> Iterator[list[Choice]]:
+    """The choices that are made in this block, in their order."""
+    choices: list[Choice] = []
+    token = _noted.set(choices)
+    try:
+        yield choices
+    finally:
+        _noted.reset(token)
+
+
+@cache
+def _imported(place: str) -> Callable[..., Any]:
+    module, _, name = place.partition(":")
+    function: Callable[..., Any] = getattr(import_module(module), name)
+    return function
+
+
+def _no_triton(first: Tensor) -> str | None:
+    """Why no kernel in Triton runs on this tensor. InputError where `use("triton")` demands what cannot be."""
+    # torch's compiler makes kernels of its own from the torch version.
+    if torch.compiler.is_compiling():
+        return "it is traced"
+    if chosen() != "triton":
+        if not first.is_cuda:
+            return "not on a CUDA device"
+        if first.dtype is torch.float64:
+            return "float64"
+        return None if triton_installed() else "Triton is not installed"
+    if first.dtype is torch.float64:
+        raise InputError('kernel version "triton" computes in float32: it does not take float64')
+    if not first.is_cuda and not (first.device.type == "cpu" and interpreted()):
+        raise InputError(
+            f'kernel version "triton" needs a CUDA device, not "{first.device.type}" '
+            "(on the CPU: TRITON_INTERPRET=1, set before Triton is imported)"
+        )
+    return None
+
+
+def _no_cpp(first: Tensor, traceable: bool) -> str | None:
+    """Why no kernel in C++ runs on this tensor."""
+    if first.device.type != "cpu":
+        return "not on the CPU"
+    if torch.compiler.is_compiling() and not (traceable and torch.compiler.is_exporting()):
+        return "it is traced"
+    return None
