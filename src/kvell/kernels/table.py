@@ -15,9 +15,7 @@ reference, or the last version of one that has none.
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from contextvars import ContextVar
 from dataclasses import dataclass, field
-from functools import cache
 from importlib import import_module
 from typing import Any, Literal
 
@@ -31,7 +29,6 @@ MadeIn = Literal["torch", "reference", "cpp", "triton"]
 CPP, TRITON = "kvell.kernels.cpp", "kvell.kernels.triton"  # where versions stand that are imported when needed
 
 
-@dataclass(frozen=True)
 class KernelVersion:
     """One version of a kernel.
 
@@ -42,29 +39,29 @@ class KernelVersion:
     Both functions may be given as "module:name", to be imported when they are first needed.
     """
 
-    name: str
-    made_in: MadeIn
-    run: Callable[..., Any] | str
-    refuses: Callable[..., str | None] | str | None = None
-    traceable: bool = False
+    def __init__(
+        self,
+        name: str,
+        made_in: MadeIn,
+        run: Callable[..., Any] | str,
+        refuses: Callable[..., str | None] | str | None = None,
+        *,
+        traceable: bool = False,
+    ) -> None:
+        self.name, self.made_in, self.traceable = name, made_in, traceable
+        self.run = _imported_later(run)
+        self.refuses = None if refuses is None else _imported_later(refuses)
 
     def why_not(self, arguments: tuple[Any, ...], named: dict[str, Any]) -> str | None:
         """Why it does not take these arguments, by what it is made of and by itself."""
-        first: Tensor = arguments[0]
+        problem = None
         if self.made_in == "triton":
-            problem = _no_triton(first)
+            problem = _no_triton(arguments[0])
         elif self.made_in == "cpp":
-            problem = _no_cpp(first, self.traceable)
-        else:
-            problem = None
+            problem = _no_cpp(arguments[0], self.traceable)
         if problem is None and self.refuses is not None:
-            refuses = _imported(self.refuses) if isinstance(self.refuses, str) else self.refuses
-            problem = refuses(*arguments, **named)
+            problem = self.refuses(*arguments, **named)
         return problem
-
-    def function(self) -> Callable[..., Any]:
-        """What computes."""
-        return _imported(self.run) if isinstance(self.run, str) else self.run
 
 
 @dataclass
@@ -91,47 +88,58 @@ class Kernel:
             "cpp": (*(one for one in versions if one.made_in != "reference"), *references),
             "reference": references or plain,
         }
+        self._of_torch = (*plain, *references)
 
     def __call__(self, *arguments: Any, **named: Any) -> Any:
-        return self.choose(arguments, named).function()(*arguments, **named)
+        # A decoded token of a small model calls hundreds of kernels: what is asked most often is asked first.
+        if _noting or arguments[0].is_cuda or chosen() != "fast":
+            return self.choose(arguments, named).run(*arguments, **named)
+        for version in self._of_torch:
+            if version.refuses is None or version.refuses(*arguments, **named) is None:
+                return version.run(*arguments, **named)
+        raise AssertionError(f"{self.name}: the last version takes every call")
 
     def choose(self, arguments: tuple[Any, ...], named: dict[str, Any]) -> KernelVersion:
         """The first version that takes the call."""
-        noted = None if torch.compiler.is_compiling() else _noted.get()
         refused: dict[str, str] = {}
         for version in self._order[chosen()]:
             problem = version.why_not(arguments, named)
             if problem is None:
-                if noted is not None:
-                    noted.append(Choice(self.name, version.name, refused))
+                for choices in _noting:
+                    choices.append(Choice(self.name, version.name, refused))
                 return version
             refused[version.name] = problem
-        raise InputError(f"no version of the kernel {self.name} takes this call: {refused}")
+        raise AssertionError(f"{self.name}: the last version takes every call")
 
     def __repr__(self) -> str:
         return f"Kernel({self.name}: {', '.join(version.name for version in self.versions)})"
 
 
 KERNELS: dict[str, Kernel] = {}
-_noted: ContextVar[list[Choice] | None] = ContextVar("kvell_noted_choices", default=None)
+_noting: list[list[Choice]] = []  # where choices are noted at present
 
 
 @contextmanager
 def noted_choices() -> Iterator[list[Choice]]:
     """The choices that are made in this block, in their order."""
     choices: list[Choice] = []
-    token = _noted.set(choices)
+    _noting.append(choices)
     try:
         yield choices
     finally:
-        _noted.reset(token)
+        _noting[:] = [one for one in _noting if one is not choices]
 
 
-@cache
-def _imported(place: str) -> Callable[..., Any]:
-    module, _, name = place.partition(":")
-    function: Callable[..., Any] = getattr(import_module(module), name)
-    return function
+def _imported_later(function: Callable[..., Any] | str) -> Callable[..., Any]:
+    """The function at "module:name", which is imported when it is first called."""
+    if not isinstance(function, str):
+        return function
+    module, _, name = function.partition(":")
+
+    def imported(*arguments: Any, **named: Any) -> Any:
+        return getattr(import_module(module), name)(*arguments, **named)
+
+    return imported
 
 
 def _no_triton(first: Tensor) -> str | None:
