@@ -4,22 +4,17 @@ T tokens of a step, W of them wanted; C hidden size, P width of per-layer embedd
 (T, N, C) with N streams.
 """
 
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
 from kvell.config import LayerConfig, ModelConfig, NormPlacement
+from kvell.layers.contract import BlockModule
 from kvell.layers.norms import RMSNorm
 from kvell.layers.part import Site
 from kvell.step import Step
-
-
-class Block(Protocol):
-    """An attention or a feed-forward."""
-
-    def output_weights(self) -> tuple[Tensor, ...]: ...
 
 
 class Layer(nn.Module):
@@ -91,7 +86,7 @@ class Frame(nn.Module):
     def write(self, h: Float[Tensor, "T *C"], y: Float[Tensor, "T C"], reading: Any) -> Float[Tensor, "T *C"]:
         return self.connection.write(h, y if self.output_norm is None else self.output_norm(y), reading)
 
-    def output_weights(self, block: Block) -> tuple[Tensor, ...]:
+    def output_weights(self, block: BlockModule) -> tuple[Tensor, ...]:
         """What `block`'s output was last multiplied by before it reaches the connection."""
         norm = self.output_norm
         return block.output_weights() if norm is None or norm.weight is None else (norm.weight,)

@@ -34,6 +34,7 @@ from kvell.decoding.row_table import empty_table, row_table
 from kvell.errors import InputError
 from kvell.hardware import keeping_code_in, processor
 from kvell.kernels import use
+from kvell.layers.contract import AttentionModule
 from kvell.private_files import is_kept, keep
 from kvell.step import Step
 
@@ -121,10 +122,9 @@ class CompiledStep:
         rows = empty_table(self.num_layers, batch_size)
         with torch.no_grad(), torch.autocast("cpu", enabled=False), use("cpp", folder):
             program = torch.export.export(traced, (tokens, positions, rows), strict=False)
-            for module in model.modules():
-                compile_kernels: Any = getattr(module, "compile_kernels", None)
-                if compile_kernels is not None:
-                    compile_kernels()
+            for module in model.layers.modules():
+                if isinstance(module, AttentionModule):
+                    module.compile_kernels()
         given = dict(program.constants)
         given |= dict(traced.named_parameters(remove_duplicate=False))
         given |= dict(traced.named_buffers(remove_duplicate=False))

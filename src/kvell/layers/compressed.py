@@ -51,7 +51,7 @@ from kvell.cache_operation import CacheOperation
 from kvell.kernels.compressed import attention_mass, compile_in_cpp, compressed_attention
 from kvell.kernels.rounding import hadamard, round_fp4, round_fp8
 from kvell.layers.compressor import Compressor, EntryCompressor, entry_streams
-from kvell.layers.contract import AttentionDescription, AttentionPart
+from kvell.layers.contract import AttentionDescription, AttentionModule, AttentionPart
 from kvell.layers.cost import Technique, WeightRole, Work
 from kvell.layers.grouped_query import GroupedQuery
 from kvell.layers.indexer import EntryIndexer, Indexer, Questions
@@ -255,7 +255,7 @@ class Rows(NamedTuple):
     picks: list[Tensor | None]
 
 
-class CompressedAttention(KeepsFp32):
+class CompressedAttention(KeepsFp32, AttentionModule):
     fp32: ClassVar[tuple[str, ...]] = ("sink",)
     weight_role: ClassVar[WeightRole] = WeightRole("projections", every_token=("kv_proj",))
 

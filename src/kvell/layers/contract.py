@@ -8,7 +8,7 @@ counted in numbers, not bytes; work in multiply-adds.
 
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
-from typing import Any, Literal, Self
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, Self
 
 from jaxtyping import Float
 from torch import Tensor, nn
@@ -16,6 +16,9 @@ from torch import Tensor, nn
 from kvell.cache import StreamSpec
 from kvell.layers.cost import Technique, Work
 from kvell.layers.part import Part, Site
+
+if TYPE_CHECKING:
+    from kvell.step import Step
 
 
 @dataclass(frozen=True)
@@ -31,13 +34,42 @@ class AttentionDescription:
     compression: str | None = None
 
 
+class BlockModule(nn.Module, ABC):
+    """The module of an attention or a feed-forward."""
+
+    @abstractmethod
+    def output_weights(self) -> tuple[Tensor, ...]:
+        """What the block's output was last multiplied by: projections (2-D, or 3-D for experts), or the weights of a
+        norm (1-D). A quiet start makes them small."""
+
+
+class AttentionModule(BlockModule):
+    @abstractmethod
+    def forward(self, x: Float[Tensor, "T C"], step: "Step", wanted: "Step | None" = None) -> Float[Tensor, "W C"]:
+        """`wanted` narrows the queries to some of the step's tokens: W = T without it. All that it does with the cache
+        are operations (cache_operation.py)."""
+
+    def compile_kernels(self) -> None:
+        """Compiles the kernels in C++ that a decoded token of this layer needs, beside those that are traced."""
+
+
+class FeedForwardModule(BlockModule):
+    @abstractmethod
+    def forward(self, x: Float[Tensor, "T C"], step: "Step") -> Float[Tensor, "T C"]:
+        """Each token by itself."""
+
+
+class TokenWise(nn.Module):
+    """A module whose shapes are those of its tokens: training may compile its `forward` by itself."""
+
+
 class Block(Part, ABC):
     """A part that stands in a layer between two reads of the residual: an attention or a feed-forward."""
 
     kind: str
 
     @abstractmethod
-    def build(self, site: Site) -> nn.Module:
+    def build(self, site: Site) -> BlockModule:
         """The module, with fresh weights; on the meta device it must need no memory."""
 
     def check_source(self, source: Part) -> str | None:
@@ -47,8 +79,10 @@ class Block(Part, ABC):
 
 
 class AttentionPart(Block):
-    """An attention. Its module is called with (x, step, wanted), where `wanted` narrows the queries to some of the
-    step's tokens: (T, C) -> (T or W, C). It keeps its promises at every split of a sequence into steps."""
+    """An attention. What it gives a token does not depend on how the sequence was split into steps."""
+
+    @abstractmethod
+    def build(self, site: Site) -> AttentionModule: ...
 
     @abstractmethod
     def streams(self) -> tuple[StreamSpec, ...]:
@@ -95,7 +129,10 @@ class AttentionPart(Block):
 
 
 class FeedForwardPart(Block):
-    """A feed-forward. Its module is called with (x, step): (T, C) -> (T, C), each token by itself."""
+    """A feed-forward."""
+
+    @abstractmethod
+    def build(self, site: Site) -> FeedForwardModule: ...
 
     @abstractmethod
     def describe(self) -> str:
@@ -104,6 +141,9 @@ class FeedForwardPart(Block):
 
 class ConnectionModule(nn.Module, ABC):
     """The connection of one block."""
+
+    # Whether it has kernels of its own on a GPU, which are faster than what torch's compiler makes of it.
+    has_gpu_kernels: ClassVar[bool] = False
 
     @abstractmethod
     def read(self, h: Float[Tensor, "T *C"]) -> tuple[Float[Tensor, "T C"], Any]:

@@ -32,7 +32,7 @@ from torch.nn import functional as F
 from kvell.cache import StreamKey, StreamSpec
 from kvell.cache_operation import CacheOperation
 from kvell.kernels.convolution import convolved_heads
-from kvell.layers.contract import AttentionDescription, AttentionPart
+from kvell.layers.contract import AttentionDescription, AttentionModule, AttentionPart
 from kvell.layers.cost import Technique, WeightRole
 from kvell.layers.grouped_query import GroupedQuery
 from kvell.layers.key_values import KeyValueAttention, KeyValuePart, KeyValueSource
@@ -105,7 +105,7 @@ class Convolutional(KeyValuePart):
         return replace(super().describe(), compression=compression)
 
 
-class ConvolutionalAttention(nn.Module):
+class ConvolutionalAttention(AttentionModule):
     # All but the last projection make what later tokens' convolutions look back on.
     weight_role: ClassVar[WeightRole] = WeightRole(
         "projections",

@@ -14,7 +14,7 @@ from pydantic import Field, PositiveFloat, PositiveInt, model_validator
 from torch import Tensor, nn
 
 from kvell.kernels.experts import experts
-from kvell.layers.contract import FeedForwardPart
+from kvell.layers.contract import FeedForwardModule, FeedForwardPart
 from kvell.layers.cost import WeightRole
 from kvell.layers.feed_forward import ActivationName, GatedFeedForward, GatedMLP, GatedUnit
 from kvell.layers.norms import RMSNorm
@@ -94,7 +94,7 @@ class DenseBesideExperts(FeedForwardPart):
         return f"{self.dense.describe()} beside {self.mixture.describe()}"
 
 
-class MixtureFeedForward(nn.Module):
+class MixtureFeedForward(FeedForwardModule):
     """`gate_up_proj` holds each expert's gate rows, then its up rows."""
 
     matrices: ClassVar[tuple[str, ...]] = ("gate_up_proj", "down_proj")
@@ -135,7 +135,7 @@ class MixtureFeedForward(nn.Module):
         return (self.down_proj, *(() if self.shared_expert is None else self.shared_expert.output_weights()))
 
 
-class DenseBesideExpertsFeedForward(nn.Module):
+class DenseBesideExpertsFeedForward(FeedForwardModule):
     weight_role = WeightRole("feed-forward")
 
     def __init__(self, config: DenseBesideExperts, site: Site) -> None:

@@ -12,10 +12,10 @@ from typing import TYPE_CHECKING, Literal
 
 from jaxtyping import Float
 from pydantic import PositiveFloat, PositiveInt
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn import functional as F
 
-from kvell.layers.contract import FeedForwardPart
+from kvell.layers.contract import FeedForwardModule, FeedForwardPart, TokenWise
 from kvell.layers.cost import WeightRole
 from kvell.layers.linear import Linear
 from kvell.layers.part import Site
@@ -61,7 +61,7 @@ class GatedMLP(FeedForwardPart):
         return f"gated {self.intermediate_size}"
 
 
-class GatedFeedForward(nn.Module):
+class GatedFeedForward(TokenWise, FeedForwardModule):
     weight_role = WeightRole("feed-forward")
 
     def __init__(self, config: GatedMLP, hidden_size: int) -> None:

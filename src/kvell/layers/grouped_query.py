@@ -13,9 +13,10 @@ from typing import TYPE_CHECKING, Annotated, ClassVar, Literal
 
 from jaxtyping import Float
 from pydantic import Field, PositiveFloat, PositiveInt
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn import functional as F
 
+from kvell.layers.contract import AttentionModule
 from kvell.layers.cost import WeightRole
 from kvell.layers.key_values import KeyValueAttention, KeyValuePart, KeyValueSource
 from kvell.layers.linear import Linear
@@ -55,7 +56,7 @@ class GroupedQuery(KeyValuePart):
         return GroupedQueryAttention(self, site)
 
 
-class GroupedQueryAttention(nn.Module):
+class GroupedQueryAttention(AttentionModule):
     weight_role: ClassVar[WeightRole] = WeightRole("projections", every_token=("k_proj", "v_proj"))
 
     def __init__(self, config: GroupedQuery, site: Site) -> None:

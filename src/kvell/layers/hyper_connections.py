@@ -77,6 +77,8 @@ class Reading(NamedTuple):
 class HyperConnection(KeepsFp32, ConnectionModule):
     """One block's connection. Rows of `weight`: N for pre, N for post, N x N for mix."""
 
+    has_gpu_kernels: ClassVar[bool] = True
+
     fp32: ClassVar[tuple[str, ...]] = ("weight", "base", "scale")
     weight_role: ClassVar[WeightRole] = WeightRole("connection", every_token=("weight",))
 

@@ -22,6 +22,7 @@ from pydantic import Field, PositiveInt
 from torch import Tensor, nn
 
 from kvell.cache_operation import CacheOperation
+from kvell.layers.contract import TokenWise
 from kvell.layers.cost import WeightRole
 from kvell.layers.feed_forward import ACTIVATIONS, ActivationName
 from kvell.layers.linear import Embedding, Linear
@@ -123,7 +124,7 @@ class LookUp(CacheOperation):
         return len(step.tokens), self.table.table.shape[1]
 
 
-class PerLayerInjection(nn.Module):
+class PerLayerInjection(TokenWise):
     """Makes one layer's share, which is added to the residual."""
 
     weight_role: ClassVar[WeightRole] = WeightRole("per-layer embedding")

@@ -4,15 +4,15 @@ grouped-query attention (Llama 3.1 8B) and multi-head attention (Llama 2 7B). Sh
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
-from typing import Any, ClassVar, Literal
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from kvell.cache import StreamSpec
 from kvell.config import LayerConfig, ModelConfig
 from kvell.errors import CheckpointError
-from kvell.layers.contract import AttentionDescription, AttentionPart
+from kvell.layers.contract import AttentionDescription, AttentionModule, AttentionPart
 from kvell.layers.cost import WeightRole, Work
 from kvell.layers.experts import MixtureOfExperts
 from kvell.layers.feed_forward import GatedMLP
@@ -23,6 +23,9 @@ from kvell.layers.norms import RMSNorm
 from kvell.layers.part import Part, Site
 from kvell.layers.rotary import DefaultRotary
 from kvell.layers.routers import SigmoidRouter
+
+if TYPE_CHECKING:
+    from kvell.step import Step
 
 
 class LatentAttention(AttentionPart):
@@ -76,10 +79,16 @@ class LatentAttention(AttentionPart):
         )
 
 
-class LatentShapes(nn.Module):
+class LatentShapes(AttentionModule):
     """The weights of latent attention, to be counted: it is never called."""
 
     weight_role: ClassVar[WeightRole] = WeightRole("projections", every_token=("kv_a_proj",))
+
+    def forward(self, x: Tensor, step: "Step", wanted: "Step | None" = None) -> Tensor:
+        raise NotImplementedError("latent attention is counted, not run")
+
+    def output_weights(self) -> tuple[Tensor, ...]:
+        return (self.o_proj.weight,)
 
     def __init__(self, config: LatentAttention, site: Site) -> None:
         super().__init__()

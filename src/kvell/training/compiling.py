@@ -17,9 +17,7 @@ from torch import nn
 from kvell.hardware import check_compiler
 from kvell.kernels import choice
 from kvell.layer import Layer
-from kvell.layers.feed_forward import GatedFeedForward
-from kvell.layers.hyper_connections import HyperConnection
-from kvell.layers.per_layer_embedding import PerLayerInjection
+from kvell.layers.contract import TokenWise
 from kvell.model import Decoder
 
 # A part's code is shared by all layers: it is compiled for every stage's shapes, and for each way the part is built.
@@ -40,12 +38,12 @@ def compile_parts(model: Decoder, device: torch.device) -> None:
         if layer.per_layer_embedding is not None:
             connections.append(layer.per_layer_connection)
         # On a GPU hyper-connections have kernels of their own, 13 times as fast as what torch makes of them.
-        if device.type == "cpu" or not isinstance(layer.attention_frame.connection, HyperConnection):
+        if device.type == "cpu" or not layer.attention_frame.connection.has_gpu_kernels:
             for connection in connections:
                 replace(connection, "read")
                 replace(connection, "write")
         for module in layer.modules():
-            if isinstance(module, GatedFeedForward | PerLayerInjection):
+            if isinstance(module, TokenWise):
                 replace(module, "forward")
 
 
