@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from kvell.errors import CacheError, CheckpointError, ConfigError, InputError, KvellError
     from kvell.families import GenerationDefaults
     from kvell.generation import Piece, Tokenizer, generate
+    from kvell.layers.registry import register
     from kvell.model import Decoder
     from kvell.planning import Plan, plan
 
@@ -35,6 +36,7 @@ _HOMES = {
     "from_pretrained": "kvell.checkpoint",
     "generate": "kvell.generation",
     "plan": "kvell.planning",
+    "register": "kvell.layers.registry",
 }
 
 __all__ = [
@@ -53,6 +55,7 @@ __all__ = [
     "from_pretrained",
     "generate",
     "plan",
+    "register",
 ]
 
 

@@ -46,8 +46,8 @@ class BlockModule(nn.Module, ABC):
 class AttentionModule(BlockModule):
     @abstractmethod
     def forward(self, x: Float[Tensor, "T C"], step: "Step", wanted: "Step | None" = None) -> Float[Tensor, "W C"]:
-        """`wanted` narrows the queries to some of the step's tokens: W = T without it. All that it does with the cache
-        are operations (cache_operation.py)."""
+        """`wanted` narrows the queries to some of the step's tokens: W = T without it. What it does with the
+        cache are operations (cache_operation.py)."""
 
     def compile_kernels(self) -> None:
         """Compiles the kernels in C++ that a decoded token of this layer needs, beside those that are traced."""
