@@ -3,7 +3,7 @@
 Each kind of part has a strategy here, and test_house_rule.py fails for a registered kind that has none.
 """
 
-from typing import Annotated, Any, get_args, get_origin
+from typing import Any
 
 import torch
 from hypothesis import strategies as st
@@ -19,7 +19,6 @@ from kvell.layers.feed_forward import GatedMLP
 from kvell.layers.grouped_query import GroupedQuery
 from kvell.layers.hyper_connections import HyperConnections
 from kvell.layers.indexer import Indexer
-from kvell.layers.part import Part
 from kvell.layers.per_layer_embedding import PerLayerEmbedding
 from kvell.layers.residual import PlainResidual, ScaledResidual
 from kvell.layers.rotary import DefaultRotary, ProportionalRotary, YarnRotary
@@ -219,13 +218,6 @@ CONNECTIONS: dict[str, SearchStrategy[Any]] = {
         HyperConnections, streams=st.integers(1, 4), iterations=st.sampled_from([1, 20]), constrained=st.booleans()
     ),
 }
-
-
-def registered_kinds(union: Any) -> set[str]:
-    """The kinds of a registry's union."""
-    part = get_args(union)[0] if get_origin(union) is Annotated else union
-    parts: tuple[type[Part], ...] = get_args(part) or (part,)
-    return {one.model_fields["kind"].default for one in parts}
 
 
 @composite

@@ -20,12 +20,11 @@ from strategies import (
     VOCAB,
     configs,
     random_model,
-    registered_kinds,
 )
 from torch import Tensor
 
-from kvell import Cache, Decoder, ModelConfig, generate, kernels, layers
-from kvell.layers import routers
+from kvell import Cache, Decoder, ModelConfig, generate, kernels
+from kvell.layers import registry
 
 # A failing model is small already: shrinking it further would take minutes.
 DRAWN = settings(
@@ -72,16 +71,16 @@ def in_chunks(model: Decoder, cache: Cache, tokens: Tensor, sizes: list[int]) ->
 
 
 @pytest.mark.parametrize(
-    ("union", "strategies"),
+    ("kinds", "strategies"),
     [
-        (layers.Attention, ATTENTIONS),
-        (layers.FeedForward, FEED_FORWARDS),
-        (layers.Connection, CONNECTIONS),
-        (routers.Router, ROUTERS),
+        (registry.ATTENTIONS, ATTENTIONS),
+        (registry.FEED_FORWARDS, FEED_FORWARDS),
+        (registry.CONNECTIONS, CONNECTIONS),
+        (registry.ROUTERS, ROUTERS),
     ],
 )
-def test_every_registered_kind_is_drawn(union: object, strategies: dict[str, object]) -> None:
-    assert registered_kinds(union) == set(strategies)
+def test_every_registered_kind_is_drawn(kinds: registry.Registry, strategies: dict[str, object]) -> None:
+    assert set(kinds.kinds) == set(strategies)
 
 
 @DRAWN

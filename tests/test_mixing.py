@@ -25,7 +25,7 @@ from pairwise import (
     pairs_of,
     wanted_pairs,
 )
-from strategies import HIDDEN, VOCAB, random_model, registered_kinds, router_of
+from strategies import HIDDEN, VOCAB, random_model, router_of
 from test_house_rule import (
     _poisoned_memory,  # noqa: F401
     alone,
@@ -37,9 +37,9 @@ from test_house_rule import (
 from torch import Tensor
 
 import kvell
-from kvell import ConfigError, Decoder, ModelConfig, layers
+from kvell import ConfigError, Decoder, ModelConfig
 from kvell.config import LayerConfig
-from kvell.layers import routers
+from kvell.layers import registry
 from kvell.layers.compressor import Compressor
 from kvell.layers.feed_forward import GatedMLP
 from kvell.step import Step
@@ -58,24 +58,23 @@ def test_a_models_parts_are_those_of_its_techniques() -> None:
         assert len(set(names)) == len(names) == sum(ROOM.values())
         assert config.num_layers == LAYERS
         read = sum(BY_NAME[name].source is not None for name in names)
-        sources = [(layer.attention.kv_source, layer.feed_forward.state_source) for layer in config.layers]
-        assert read == sum(source is not None for pair in sources for source in pair)
+        assert read == sum(1 for layer in config.layers for _ in layer.layer_sources())
         assert (config.per_layer_embedding is None) == ("no per-layer embeddings" in names)
         assert (config.draft is None) == ("no draft block" in names)
 
 
 @pytest.mark.parametrize(
-    ("union", "found"),
+    ("kinds", "found"),
     [
-        (layers.Attention, {layer.attention.kind for config in MODELS.values() for layer in config.layers}),
-        (layers.FeedForward, {layer.feed_forward.kind for config in MODELS.values() for layer in config.layers}),
-        (layers.Connection, {config.connection.kind for config in MODELS.values()}),
-        (routers.Router, {router_of(layer.feed_forward) for c in MODELS.values() for layer in c.layers} - {None}),
+        (registry.ATTENTIONS, {layer.attention.kind for config in MODELS.values() for layer in config.layers}),
+        (registry.FEED_FORWARDS, {layer.feed_forward.kind for config in MODELS.values() for layer in config.layers}),
+        (registry.CONNECTIONS, {config.connection.kind for config in MODELS.values()}),
+        (registry.ROUTERS, {router_of(layer.feed_forward) for c in MODELS.values() for layer in c.layers} - {None}),
     ],
     ids=["attention", "feed_forward", "connection", "router"],
 )
-def test_every_registered_kind_is_in_a_model(union: object, found: set[str]) -> None:
-    assert found == registered_kinds(union)
+def test_every_registered_kind_is_in_a_model(kinds: registry.Registry, found: set[str]) -> None:
+    assert found == set(kinds.kinds)
 
 
 def test_every_two_attentions_that_can_share_do_so() -> None:
