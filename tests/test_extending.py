@@ -178,4 +178,6 @@ def test_a_kernel_takes_one_version_more(monkeypatch: pytest.MonkeyPatch) -> Non
         with kernels.use("reference"):
             linear.linear(torch.ones(2, 4), weight)
     assert [choice.taken for choice in made] == ["of ones", "one row", "reference"]
-    assert made[1].refused == {"of ones": "not all ones"}
+    assert made[1].others["of ones"] == "not all ones"
+    assert made[0].others["one row"] == "several rows"
+    assert made[0].others["reference"] == "of ones comes first"

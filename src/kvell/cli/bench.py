@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from statistics import median
 from time import perf_counter
@@ -54,6 +55,10 @@ def bench(
     device: Annotated[str, typer.Option(help="The device to run on.")] = "cpu",
     threads: Annotated[int | None, typer.Option(help="CPU threads to compute with.")] = None,
     compiled: Annotated[bool, typer.Option("--compile", help="Compile the decoding step first.")] = False,
+    kernels: Annotated[
+        bool,
+        typer.Option("--kernels", help="Measure nothing: show which version of every kernel runs here, and why."),
+    ] = False,
     lenient: Annotated[bool, LENIENT] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")] = False,
 ) -> None:
@@ -80,6 +85,13 @@ def bench(
         "device": str(decoder.device),
         "load_seconds": perf_counter() - start,
     }
+    if kernels:
+        choices = kernels_of(decoder)
+        if as_json:
+            print(json.dumps(report | {"kernels": [asdict(choice) for choice in choices]}, indent=2))
+        else:
+            console.stdout().print(_kernel_table(choices))
+        return
     if compiled:
         start = perf_counter()
         with console.waiting("compiling the decoding step"):
@@ -94,6 +106,62 @@ def bench(
     said = f"{report['model']}, {report['parameters']:,} parameters, {report['dtype']}, {report['device']}"
     output.print(said + (f", decoding compiled in {report['compile_seconds']:.1f} s" if compiled else ""))
     output.print(_table(measurements))
+
+
+@dataclass(frozen=True)
+class KernelChoice:
+    """Which version of a kernel runs where, in how many calls, and why none of the others does."""
+
+    kernel: str
+    where: str
+    version: str
+    calls: int
+    others: dict[str, str]
+
+
+def kernels_of(decoder: "Decoder", prompt: int = 64) -> list[KernelChoice]:
+    """Every kernel that a prompt and a decoded token call, by running both, and the token again with kernels in C++,
+    as a compiled step has them."""
+    import torch
+
+    from kvell import kernels
+    from kvell.kernels.table import NotedChoice, noted_choices
+
+    cache = decoder.make_cache()
+    tokens = torch.zeros(1, prompt, dtype=torch.long, device=decoder.device)
+    found: list[KernelChoice] = []
+
+    def note(where: str, choices: list[NotedChoice]) -> None:
+        calls: dict[tuple[str, str], list[NotedChoice]] = {}
+        for choice in choices:
+            calls.setdefault((choice.kernel, choice.taken), []).append(choice)
+        found.extend(
+            KernelChoice(name, where, version, len(made), made[0].others) for (name, version), made in calls.items()
+        )
+
+    with noted_choices() as choices:
+        decoder(tokens, cache=cache, last_only=True)
+    note("prompt", choices)
+    with noted_choices() as choices:
+        decoder(tokens[:, :1], cache=cache)
+    note("token", choices)
+    if decoder.device.type == "cpu":
+        with suppress(InputError), noted_choices() as choices, kernels.use("cpp"):  # where there is a compiler
+            decoder(tokens[:, :1], cache=cache)
+            note("token, by C++", choices)
+    return found
+
+
+def _kernel_table(choices: Sequence[KernelChoice]) -> "Table":
+    from rich.table import Table
+
+    table = Table(box=None, pad_edge=False, header_style="bold")
+    for title in ("kernel", "in a", "version", "calls", "not"):
+        table.add_column(title, justify="right" if title == "calls" else "left")
+    for choice in choices:
+        others = "; ".join(f"{name}: {reason}" for name, reason in choice.others.items())
+        table.add_row(choice.kernel, choice.where, choice.version, str(choice.calls), others)
+    return table
 
 
 def parse_context(text: str) -> int:

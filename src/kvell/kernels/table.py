@@ -15,7 +15,7 @@ reference, or the last version of one that has none.
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from importlib import import_module
 from typing import Any, Literal
 
@@ -64,13 +64,13 @@ class KernelVersion:
         return problem
 
 
-@dataclass
-class Choice:
-    """A choice that was made: which version, and why not those before it."""
+@dataclass(frozen=True)
+class NotedChoice:
+    """A choice that was made: which version of which kernel runs, and why none of the others does."""
 
     kernel: str
     taken: str
-    refused: dict[str, str] = field(default_factory=dict)
+    others: dict[str, str]
 
 
 class Kernel:
@@ -101,28 +101,39 @@ class Kernel:
 
     def choose(self, arguments: tuple[Any, ...], named: dict[str, Any]) -> KernelVersion:
         """The first version that takes the call."""
-        refused: dict[str, str] = {}
         for version in self._order[chosen()]:
-            problem = version.why_not(arguments, named)
-            if problem is None:
+            if version.why_not(arguments, named) is None:
                 for choices in _noting:
-                    choices.append(Choice(self.name, version.name, refused))
+                    choices.append(NotedChoice(self.name, version.name, self._others(version, arguments, named)))
                 return version
-            refused[version.name] = problem
         raise AssertionError(f"{self.name}: the last version takes every call")
+
+    def _others(self, taken: KernelVersion, arguments: tuple[Any, ...], named: dict[str, Any]) -> dict[str, str]:
+        """Why none of the other versions runs."""
+        order = self._order[chosen()]
+        asked_for = {"cpp": "only in a step that is compiled", "triton": "only where Triton is wanted"}
+        others: dict[str, str] = {}
+        for version in self.versions:
+            if version is taken:
+                continue
+            if version in order:
+                others[version.name] = version.why_not(arguments, named) or f"{taken.name} comes first"
+            else:
+                others[version.name] = asked_for.get(version.made_in, "only where references are wanted")
+        return others
 
     def __repr__(self) -> str:
         return f"Kernel({self.name}: {', '.join(version.name for version in self.versions)})"
 
 
 KERNELS: dict[str, Kernel] = {}
-_noting: list[list[Choice]] = []  # where choices are noted at present
+_noting: list[list[NotedChoice]] = []  # where choices are noted at present
 
 
 @contextmanager
-def noted_choices() -> Iterator[list[Choice]]:
+def noted_choices() -> Iterator[list[NotedChoice]]:
     """The choices that are made in this block, in their order."""
-    choices: list[Choice] = []
+    choices: list[NotedChoice] = []
     _noting.append(choices)
     try:
         yield choices
