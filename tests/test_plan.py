@@ -12,7 +12,7 @@ from oracle import DEEPSEEK_V4, GEMMA4, LAGUNA, ZAYA
 import kvell
 from kvell import Decoder, InputError, ModelConfig
 from kvell.families import parse_config
-from kvell.model import MAX_STEP
+from kvell.long_prompts import MAX_STEP
 from kvell.planning import batch_that_fits, context_that_fits
 from kvell.planning.engine import Engine, engine_nbytes
 from kvell.planning.formats import BFLOAT16

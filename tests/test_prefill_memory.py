@@ -110,7 +110,7 @@ def test_a_prompt_in_several_steps_gives_what_it_gives_in_one(
         one = model.make_cache(3, max_rewind=5)
         model(held, cache=one)
         after = model(tokens, cache=one, counts=counts, last_only=last_only)
-        monkeypatch.setattr("kvell.model.MAX_STEP", 32)
+        monkeypatch.setattr("kvell.long_prompts.MAX_STEP", 32)
         several = model.make_cache(3, max_rewind=5)
         model(held, cache=several)
         close = {"atol": 1e-4, "rtol": 1e-4}
@@ -125,7 +125,7 @@ def test_a_prompt_in_several_steps_gives_what_it_gives_in_one(
 
 def test_a_prompt_interrupted_between_its_steps_makes_the_cache_unusable(monkeypatch: pytest.MonkeyPatch) -> None:
     model = random_model(small_config(100, None))
-    monkeypatch.setattr("kvell.model.MAX_STEP", 32)
+    monkeypatch.setattr("kvell.long_prompts.MAX_STEP", 32)
     calls = []
 
     def interrupted(x: torch.Tensor, *_: object) -> torch.Tensor:
@@ -144,7 +144,7 @@ def test_a_prompt_interrupted_between_its_steps_makes_the_cache_unusable(monkeyp
 
 def test_a_growing_cache_grows_once_for_a_prompt_in_several_steps(monkeypatch: pytest.MonkeyPatch) -> None:
     model = random_model(small_config(100, None))
-    monkeypatch.setattr("kvell.model.MAX_STEP", 32)
+    monkeypatch.setattr("kvell.long_prompts.MAX_STEP", 32)
     moved = []
     move = Stream._move
     monkeypatch.setattr(Stream, "_move", lambda stream, *rest: moved.append(id(stream)) or move(stream, *rest))

@@ -5,22 +5,21 @@
 T tokens of a step, of all its sequences end to end; C hidden size; V vocabulary.
 """
 
-import hashlib
-import operator
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, Self, overload
 
 import torch
-from jaxtyping import Float, Int, Shaped
+from jaxtyping import Float, Int
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from kvell.cache import Cache, StreamSpecs
 from kvell.config import ModelConfig
 from kvell.draft import DraftBlock
-from kvell.errors import CacheError, InputError, warn, whole_number
+from kvell.errors import InputError, warn, whole_number
+from kvell.fingerprint import fingerprint
 from kvell.kernels.choice import Choice, chosen, left_open, use
 from kvell.kernels.heap import keep_freed_memory
 from kvell.kernels.linear import linear
@@ -29,14 +28,12 @@ from kvell.layers.linear import Embedding, Linear
 from kvell.layers.norms import RMSNorm
 from kvell.layers.per_layer_embedding import MappedTable
 from kvell.layers.precision import rounded
+from kvell.long_prompts import in_steps, most_tokens
+from kvell.model_input import check_cache, lengths_of, warn_of_length
 from kvell.step import Observed, Step
 
 if TYPE_CHECKING:
     from kvell.decoding import DecodingStep
-
-# What a step computes for its tokens takes memory: a long prompt goes through in steps of so many tokens. An
-# accelerator has more of both, memory and units to be kept busy.
-MAX_STEP, MAX_STEP_ON_ACCELERATOR = 1024, 16384
 
 
 class Decoder(nn.Module):
@@ -124,18 +121,24 @@ class Decoder(nn.Module):
         compared with the vocabulary, as looking would make it wait: there an id outside of it is the device's own
         error, and who takes ids from elsewhere compares them before, as `generate` does.
         """
-        lengths = self._lengths(tokens, counts)
-        self._check_cache(cache, lengths, self._streams)
-        self._warn_of_length(lengths, cache)
+        lengths = lengths_of(tokens, counts, self.device, self.config)
+        check_cache(cache, lengths, self._streams, self)
+        warn_of_length(lengths, cache, self.config.max_positions)
         if self.device.type == "cpu":
             keep_freed_memory()
         recorded = torch.is_grad_enabled() and cache is None
         with torch.set_grad_enabled(recorded), self._kernels():
-            if recorded or observed is not None or sum(lengths) <= self._max_step:
+            most = most_tokens(self.device)
+            if recorded or observed is not None or sum(lengths) <= most:
                 step = Step.of(tokens.flatten(), lengths, cache, self._sources, observed)
                 logits, streams = self._step(step, last_only, return_streams)
             else:
-                logits, streams = self._steps(tokens.flatten(), lengths, cache, last_only, return_streams)
+                held = self._cache_for(lengths) if cache is None else cache
+
+                def run(tokens: Tensor, counts: list[int], cache: Cache) -> tuple[Tensor, Tensor | None]:
+                    return self._step(Step.of(tokens, counts, cache, self._sources), last_only, return_streams)
+
+                logits, streams = in_steps(run, tokens.flatten(), lengths, held, most, last_only=last_only)
         logits = logits.view(tokens.shape[0], -1, logits.shape[1])
         return (logits, streams.unflatten(0, (tokens.shape[0], -1))) if streams is not None else logits
 
@@ -157,10 +160,10 @@ class Decoder(nn.Module):
         """
         if self.draft_block is None:
             raise InputError("the model has no draft block: its config's draft is null")
-        lengths = self._lengths(next_tokens, counts)
+        lengths = lengths_of(next_tokens, counts, self.device, self.config)
         if streams.shape[:2] != next_tokens.shape:
             raise InputError(f"streams of the shape {tuple(streams.shape)} for tokens {tuple(next_tokens.shape)}")
-        self._check_cache(cache, lengths, self._draft_streams)
+        check_cache(cache, lengths, self._draft_streams, self)
         with torch.set_grad_enabled(torch.is_grad_enabled() and cache is None), self._kernels():
             step = Step.of(next_tokens.flatten(), lengths, cache, observed=observed)
             x, h = self.draft_block(streams.flatten(0, 1), self._embed(step.tokens), step)
@@ -175,7 +178,7 @@ class Decoder(nn.Module):
         What an indexer picks has no gradient, so the model's loss does not train it; this one does, and nothing else:
         see layers/indexer.py. InputError for a model without an indexer.
         """
-        lengths = self._lengths(tokens, counts)
+        lengths = lengths_of(tokens, counts, self.device, self.config)
         step = Step.of(tokens.flatten(), lengths, None, self._sources)
         step.observed = Observed()
         self._run(step, last_only=False)
@@ -208,13 +211,10 @@ class Decoder(nn.Module):
 
     def fingerprint(self) -> str:
         """Tells this model's weights from another's, by its config and up to 4,096 values of every tensor."""
-        tensors = dict(sorted(self.named_tensors()))
         own = dict(self.named_parameters()) | dict(self.named_buffers())
-        described = f"{self.config.digest()} {[(name, tuple(t.shape)) for name, t in tensors.items()]}"
-        # A mapped table's values count as they are once looked up, whatever dtype they are stored in.
-        some = [sample(t) if name in own else sample(t).to(self.dtype) for name, t in tensors.items()]
-        values = torch.cat([part.view(torch.uint8).to(self.device) for part in some]).cpu()
-        return hashlib.sha256(described.encode() + values.numpy().tobytes()).hexdigest()[:32]
+        tensors = dict(self.named_tensors())
+        mapped = dict.fromkeys(tensors.keys() - own.keys(), self.dtype)
+        return fingerprint(self.config.digest(), tensors, self.device, mapped)
 
     def compile_decoding(self, batch_size: int = 1, *, folder: str | Path | None = None) -> Self:
         """Makes the step that decodes, one token for each of `batch_size` sequences with a cache, several times as
@@ -301,41 +301,6 @@ class Decoder(nn.Module):
     def __getstate__(self) -> dict[str, Any]:
         return self.__dict__ | {"_compiled": {}, "_code": None}
 
-    @property
-    def _max_step(self) -> int:
-        return MAX_STEP if self.device.type == "cpu" else MAX_STEP_ON_ACCELERATOR
-
-    def _steps(
-        self, tokens: Int[Tensor, " T"], lengths: list[int], cache: Cache | None, last_only: bool, streams: bool
-    ) -> tuple[Tensor, Tensor | None]:
-        """The same for sequences of any length, in several steps. What they remember stands in the cache, or in one
-        made for the purpose."""
-        if cache is None:
-            cache = Cache(self._streams, len(lengths), max_length=max(lengths), dtype=self.dtype, device=self.device)
-        cache.reserve(lengths)
-        cache.begin_step()
-        logits: list[list[Tensor]] = [[] for _ in lengths]
-        hidden: list[list[Tensor]] = [[] for _ in lengths]
-        waiting = list(tokens.split(lengths))
-        for piece in pieces(lengths, self._max_step):
-            counts = list(piece.values())
-            own = cache.part(list(piece))
-            taken = [waiting[number][:count] for number, count in piece.items()]
-            step_logits, step_hidden = self._step(
-                Step.of(torch.cat(taken), counts, own, self._sources), last_only, streams
-            )
-            rows = step_logits.split([1] * len(counts) if last_only else counts)
-            for place, (number, count) in enumerate(piece.items()):
-                waiting[number] = waiting[number][count:]
-                if not last_only or not len(waiting[number]):
-                    logits[number].append(rows[place])
-            if step_hidden is not None:
-                for number, part in zip(piece, step_hidden.split(counts), strict=True):
-                    hidden[number].append(part)
-        cache.end_step([0] * len(lengths))
-        all_logits = torch.cat([part for sequence in logits for part in sequence])
-        return all_logits, torch.cat([part for sequence in hidden for part in sequence]) if streams else None
-
     def _run(self, step: Step, last_only: bool) -> Float[Tensor, "W *C"]:
         """The residual after all layers, of every token, or of each sequence's last.
 
@@ -365,6 +330,10 @@ class Decoder(nn.Module):
         cap = self.config.logit_softcap
         return logits if cap is None else torch.tanh(logits / cap) * cap
 
+    def _cache_for(self, lengths: list[int]) -> Cache:
+        """What a prompt in several steps remembers, where its caller has no cache."""
+        return Cache(self._streams, len(lengths), max_length=max(lengths), dtype=self.dtype, device=self.device)
+
     def _make_cache(self, streams: StreamSpecs, batch_size: int, max_rewind: int, max_length: int | None) -> Cache:
         return Cache(
             streams,
@@ -376,80 +345,7 @@ class Decoder(nn.Module):
             maker=self,
         )
 
-    def _lengths(self, tokens: Tensor, counts: Sequence[int] | None) -> list[int]:
-        """How many tokens each sequence has. InputError for tokens and counts that cannot be."""
-        if not isinstance(tokens, Tensor):
-            raise InputError(f"tokens must be a tensor, not {type(tokens).__name__}")
-        if tokens.device != self.device:
-            raise InputError(f"the tokens are on {tokens.device}, the model is on {self.device}")
-        if tokens.dim() != 2 or tokens.numel() == 0:
-            raise InputError(f"tokens must be (batch, tokens), at least one of each, not {tuple(tokens.shape)}")
-        if tokens.dtype not in (torch.int64, torch.int32):
-            raise InputError(f"tokens must be int64 or int32, not {tokens.dtype}")
-        try:
-            lengths = [tokens.shape[1]] * tokens.shape[0] if counts is None else list(map(operator.index, counts))
-        except TypeError:
-            raise InputError(f"counts must be whole numbers, one for each sequence, not {counts!r}") from None
-        if counts is not None and (tokens.shape[0] != 1 or sum(lengths) != tokens.shape[1] or min(lengths) < 1):
-            raise InputError(f"counts {lengths} do not lay out tokens of the shape {tuple(tokens.shape)}")
-        if tokens.device.type == "cpu":  # on an accelerator looking would make it wait
-            low, high = (int(value) for value in tokens.aminmax())
-            if low < 0 or high >= self.config.num_known_tokens:
-                wrong, known = low if low < 0 else high, self.config.num_known_tokens
-                if 0 <= wrong < self.config.vocab_size:
-                    raise InputError(f"token id {wrong} has no per-layer embedding: there are {known} of them")
-                raise InputError(f"token id {wrong} is outside the vocabulary of {self.config.vocab_size}")
-        return lengths
-
-    def _check_cache(self, cache: Cache | None, lengths: list[int], streams: StreamSpecs) -> None:
-        """CacheError for a cache that another model made, for other streams, another dtype or device, or that is
-        full."""
-        if cache is None:
-            return
-        if cache.specs is not streams and cache.specs != streams:
-            raise CacheError("the cache was made for another model: its streams are not this model's")
-        if (cache.dtype, cache.device) != (self.dtype, self.device):
-            mine, its = f"{self.dtype} on {self.device}", f"{cache.dtype} on {cache.device}"
-            raise CacheError(f"the cache holds {its}, the model is {mine}: make a cache after moving the model")
-        cache.check_model(self)
-        cache.check_step(lengths)
-
-    def _warn_of_length(self, lengths: list[int], cache: Cache | None) -> None:
-        """At the step in which a sequence outgrows the model's positions, unless it is known of the cache."""
-        limit = self.config.max_positions
-        longest = max(lengths) if cache is None else max(map(sum, zip(cache.lengths, lengths, strict=True)))
-        if longest <= limit or (cache is not None and cache.warned_of_length):
-            return
-        if cache is not None:
-            cache.warned_of_length = True
-        warn(f"{longest} tokens, and the model has {limit} positions: it extrapolates")
-
 
 def contexts() -> tuple[AbstractContextManager[None], AbstractContextManager[None]]:
     """Under what a layer runs, and runs again in the backward pass: by then a caller's choice of kernels is over."""
     return nullcontext(), Choice()
-
-
-def sample(tensor: Tensor) -> Shaped[Tensor, " n"]:
-    """Values from all over a tensor: everything of a small one, else 4,096 or fewer in at most 1,024 runs. The odd
-    step meets other columns in every row. A very large one, which may be a table on disk, has fewer runs: with every
-    page that is read the system maps up to half a megabyte around it."""
-    values = tensor.detach().flatten()
-    if len(values) <= 4096:
-        return values
-    runs = 1024 if len(values) < 2**28 else 128
-    return values.unfold(0, 4096 // runs, -(-len(values) // runs) | 1).flatten()
-
-
-def pieces(lengths: Sequence[int], most: int) -> Iterator[dict[int, int]]:
-    """Cuts sequences into steps of at most `most` tokens: how many of which sequence, by its number."""
-    left = dict(enumerate(lengths))
-    while left:
-        room, piece = most, {}
-        for number, tokens in left.items():
-            if room:
-                piece[number] = min(tokens, room)
-                room -= piece[number]
-        left = {number: tokens - piece.get(number, 0) for number, tokens in left.items()}
-        left = {number: tokens for number, tokens in left.items() if tokens}
-        yield piece

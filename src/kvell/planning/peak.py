@@ -10,7 +10,7 @@ sequence's alone, and attention takes one sequence after another: they do not gr
 
 from kvell.config import ModelConfig
 from kvell.layers.cost import Weight, Work
-from kvell.model import MAX_STEP
+from kvell.long_prompts import MAX_STEP
 from kvell.planning.formats import StorageFormat
 from kvell.planning.model_cost import Block, blocks, last_writer
 
