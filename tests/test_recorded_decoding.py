@@ -17,7 +17,6 @@ from torch.utils._pytree import tree_flatten
 
 from kvell.decoding import recorded
 from kvell.kernels import experts as experts_module
-from kvell.kernels.experts import experts_gathered
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 ASKS = {"aten._local_scalar_dense.default", "aten.nonzero.default"}
@@ -58,8 +57,7 @@ def _graphs(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     if DEVICE == "cpu":
         monkeypatch.setattr(torch.cuda, "CUDAGraph", ListedOperations)
         monkeypatch.setattr(recorded, "_side_stream", lambda _: nullcontext())
-        monkeypatch.setattr(experts_module, "experts_of_one_token", experts_gathered)
-        monkeypatch.setattr(experts_module, "experts_grouped", experts_gathered)
+        monkeypatch.setattr(experts_module, "is_recorded", lambda _: True)
     return
 
 

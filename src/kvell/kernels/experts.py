@@ -178,8 +178,13 @@ def _not_grouped(x: Tensor, weights: Tensor, chosen: Tensor, gate_up: Tensor, do
     return None if fits_grouped(gate_up, down) else "rows that are not whole 16 bytes"
 
 
+def is_recorded(x: Tensor) -> bool:
+    """Whether a CUDA graph is being recorded of what is done with x."""
+    return x.is_cuda and torch.cuda.is_current_stream_capturing()
+
+
 def _not_recorded(x: Tensor, *_: Any) -> str | None:
-    return None if x.is_cuda and torch.cuda.is_current_stream_capturing() else "no CUDA graph is recorded"
+    return None if is_recorded(x) else "no CUDA graph is recorded"
 
 
 def _several_tokens(x: Tensor, *_: Any) -> str | None:
