@@ -21,9 +21,9 @@ if TYPE_CHECKING:
 
 
 class InPlace(NamedTuple):
-    """The form of an operation, for one token per sequence, that asks the cache for nothing but room: one row in each
-    of two streams, whatever the numbers are. A compiled step reserves it before it begins, and tells the machine code
-    by a table (decoding/row_table.py) where the rows lie.
+    """The form of an operation for steps of one token per sequence, if all that it needs of the cache is room for one
+    row in each of two streams, whatever the values are. A compiled step reserves the rows before it begins, and a
+    table (decoding/row_table.py) tells the machine code where they are.
 
     streams  the streams of keys and of values that it reads, its own or another layer's
     appends  whether it writes their newest rows itself
@@ -41,7 +41,7 @@ class CacheOperation(ABC):
     """One thing that a layer does with the cache.
 
     streams  the streams that it appends this step's rows to
-    reads    what it takes of an earlier layer of the same step, None for nothing
+    reads    what it takes from an earlier layer of the same step, None for nothing
     """
 
     streams: tuple["StreamKey", ...] = ()
@@ -49,9 +49,9 @@ class CacheOperation(ABC):
 
     @abstractmethod
     def __call__(self, step: "Step", wanted: "Step", *inputs: Any, **named: Any) -> Tensor:
-        """The result: a tensor of its own in the first input's dtype, no view of one that was given or is kept, whose
-        memory may serve for something else by then. `wanted` is the step narrowed to the tokens whose result is
-        asked for, or the step itself."""
+        """The result, in the first input's dtype. It is a new tensor, never a view of an input or of cached rows:
+        their memory may be reused before the result is read. `wanted` is the step narrowed to the tokens whose results are
+        needed, or the step itself."""
 
     def result_shape(self, step: "Step", *inputs: Tensor | None) -> Sequence[int]:
         """The shape of the result, from the inputs and the number of sequences; the first input's if not said."""

@@ -21,7 +21,7 @@ from kvell.layers.residual import PlainResidual
 
 NormPlacement = Literal["pre", "sandwich", "post"]
 
-# Bounds far beyond what is: a file whose numbers no tensors bear out is refused before anything is made for them.
+# Far more layers than any model has. A config that asks for more is refused before anything is built for it.
 MOST_LAYERS = 1024
 
 # Types of pydantic's errors, and what it asks for in the words of who writes a config.
@@ -30,7 +30,7 @@ WANTED = {
     "model_type": "a mapping of names to values",
 }
 MISSING, UNKNOWN = "missing", "unknown field"
-MOST_SAID = 4  # of a kind in one place, and kinds and places
+MOST_SAID = 4  # how many different problems an error lists, and how many fields for each
 
 
 class LayerConfig(Part):

@@ -44,7 +44,7 @@ def peak_resident_bytes() -> int:
 
 def check_compiler(device: "torch.device", otherwise: str) -> None:
     """InputError where torch has nothing to compile with, a C++ compiler for the CPU, Triton for others; it ends with
-    what can be done `otherwise`. Also where other users can write to the folder that torch keeps its code in."""
+    what can be done `otherwise`. InputError also where other users can write to the folder of torch's code."""
     from torch._inductor.cpp_builder import get_cpp_compiler
     from torch._inductor.exc import InvalidCxxCompiler
     from torch._inductor.runtime.cache_dir_utils import default_cache_dir
@@ -60,7 +60,7 @@ def check_compiler(device: "torch.device", otherwise: str) -> None:
             ) from None
     elif not has_triton():
         raise InputError(f"compile: no Triton works on {device}: install it, or {otherwise}")
-    # Where torch keeps what it compiles on the way, of which some goes to the first of them whatever is set.
+    # Where torch keeps intermediate code. Some goes to its default folder even where the variable names another.
     folders = {"TMPDIR": default_cache_dir()}
     if named := os.environ.get("TORCHINDUCTOR_CACHE_DIR"):
         folders["TORCHINDUCTOR_CACHE_DIR"] = named
@@ -79,8 +79,8 @@ OWN_FOLDER = "name a folder of your own, by folder= or by XDG_CACHE_HOME in the 
 
 @contextmanager
 def keeping_code_in(folder: Path, otherwise: str = OWN_FOLDER) -> Iterator[None]:
-    """A folder that code is compiled for and loaded from, made where it is missing. What goes wrong meanwhile is an
-    InputError, and so is a folder that other users can write to, with what can be done `otherwise`."""
+    """Makes the folder that code is compiled into and loaded from, if it is missing. Failures in this block become
+    InputErrors; so does a folder that other users can write to, with what can be done `otherwise`."""
     from torch._inductor.exc import CppCompileError
 
     try:

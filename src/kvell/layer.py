@@ -61,8 +61,8 @@ class Layer(nn.Module):
         return h if self.layer_scalar is None else h * self.layer_scalar
 
     def output_weights(self) -> tuple[Tensor, ...]:
-        """What each block's output was last multiplied by before it meets the residual: the weights (1-D) of the norm
-        behind the block where there is one, else the block's own output projections (2-D, or 3-D for experts)."""
+        """For each block the weights that produce what it adds to the residual: those of the norm behind the block
+        (1-D) where there is one, else the block's own output projections (2-D, or 3-D for experts)."""
         weights = [*self.attention_frame.output_weights(self.attention)]
         weights += self.feed_forward_frame.output_weights(self.feed_forward)
         if self.per_layer_embedding is not None:
@@ -87,6 +87,6 @@ class Frame(nn.Module):
         return self.connection.write(h, y if self.output_norm is None else self.output_norm(y), reading)
 
     def output_weights(self, block: BlockModule) -> tuple[Tensor, ...]:
-        """What `block`'s output was last multiplied by before it reaches the connection."""
+        """The weights that produce what `block` gives to the connection."""
         norm = self.output_norm
         return block.output_weights() if norm is None or norm.weight is None else (norm.weight,)

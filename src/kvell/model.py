@@ -314,7 +314,7 @@ class Decoder(nn.Module):
             wanted = step.last() if last_only and index == self._last_writer else None
             mine = inputs[:, index] if inputs is not None else None
             if self.activation_checkpointing and torch.is_grad_enabled() and step.cache is None:
-                h = checkpoint(layer, h, step, mine, wanted, use_reentrant=False, context_fn=contexts)
+                h = checkpoint(layer, h, step, mine, wanted, use_reentrant=False, context_fn=_checkpoint_contexts)
             else:
                 h = layer(h, step, mine, wanted)
             if wanted is not None:
@@ -346,6 +346,7 @@ class Decoder(nn.Module):
         )
 
 
-def contexts() -> tuple[AbstractContextManager[None], AbstractContextManager[None]]:
-    """Under what a layer runs, and runs again in the backward pass: by then a caller's choice of kernels is over."""
+def _checkpoint_contexts() -> tuple[AbstractContextManager[None], AbstractContextManager[None]]:
+    """The contexts in which a layer runs, and is recomputed in the backward pass, when the caller's `kernels.use` may
+    have ended already."""
     return nullcontext(), Choice()

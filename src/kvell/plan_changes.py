@@ -10,7 +10,7 @@ if TYPE_CHECKING:
 
 
 class Change(NamedTuple):
-    """The techniques that are left out, none where every layer is another one; and what that makes, in words."""
+    """The techniques that are left out (none for `gqa`, which replaces every attention), and the change in words."""
 
     techniques: "tuple[Technique, ...]"
     words: str

@@ -1,9 +1,9 @@
-"""Folders that code is loaded from: nobody may write there but the program's own user, and the system's.
+"""Folders that code is loaded from: nobody but the program's user and root may write there.
 
 Compiled code is found by its name. Whoever can write to a file of that name, to its folder or to one above that can
 put other code in its place. So all of them must belong to the user or to root, and be writable by their owners alone.
-Above the folder, one in which everyone can add files but not touch those of others (/tmp, by its sticky bit) will do.
-Links are followed, and what they lead through is held to the same.
+A parent folder with the sticky bit, such as /tmp, is accepted: everyone can add files there, but not replace those of
+others. Links are followed, and the folders that they lead through are checked in the same way.
 """
 
 import os

@@ -1,6 +1,6 @@
-"""Scratch folders in which files are written aside, and how those of processes that were killed are told from others.
+"""Scratch folders for files that are not finished yet, and how those that a killed process left are recognised.
 
-    .kvell-saving-x1y2/lock     names the host of whoever writes here, who holds a lock on it until it is done
+    .kvell-saving-x1y2/lock     names the host of the process that writes here; it holds a lock on the file until done
     .kvell-saving-x1y2/files/   what is being written
 
 The system lets go of a lock however its process ends, so a lock that can be taken is one that nobody needs. That

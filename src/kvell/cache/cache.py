@@ -55,9 +55,9 @@ class Cache:
 
     `max_rewind` is how many of the newest tokens can always be taken back (fewer right after a rewind).
     `max_length` reserves the memory for so many tokens a sequence exactly and refuses more; without it buffers grow,
-    with at most an eighth and one block of rows in reserve. `dtype` is the model's, and `maker` the model itself,
-    which the cache holds on to: no other takes it, unless config and weights are the same. A cache without a maker
-    cannot be saved.
+    with at most an eighth and one block of rows in reserve. `dtype` is the model's, and `maker` is the model
+    itself, to which the cache keeps a reference: another model refuses the cache unless config and weights are the
+    same. A cache without a maker cannot be saved.
     """
 
     def __init__(
@@ -191,12 +191,12 @@ class Cache:
 
     @property
     def fingerprint(self) -> str | None:
-        """Tells the model that made the cache apart from others; None for a cache that knows none."""
+        """Identifies the model that made the cache; None for a cache made without a model."""
         return None if self._origin is None else self._origin.fingerprint()
 
     def check_model(self, model: Fingerprinted) -> None:
-        """CacheError if another model made this cache. One of the same config and weights, as a model that was loaded
-        again, is taken for the maker from here on."""
+        """CacheError if another model made this cache. A model of the same config and weights, such as the same files
+        loaded again, is accepted and becomes the maker."""
         if self._origin is None or self._origin.model is model:
             return
         here = Origin(model)

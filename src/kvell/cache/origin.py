@@ -4,7 +4,7 @@ from typing import Any, Protocol
 
 
 class Fingerprinted(Protocol):
-    """What can tell itself from others like it by its weights."""
+    """A model that can be identified by its config and weights."""
 
     def fingerprint(self) -> str: ...
 
@@ -22,7 +22,7 @@ class Origin:
         self._fingerprint = fingerprint
 
     def fingerprint(self) -> str:
-        """The model's, as it is now."""
+        """The fingerprint of the model as it is now."""
         if self.model is not None:
             return self.model.fingerprint()
         assert self._fingerprint is not None

@@ -39,7 +39,7 @@ SETS = ("main", "compress")
 
 
 def rotary_object_keys(values: Mapping[str, Any]) -> Keys:
-    """Of rope_parameters and rope_scaling: two sets by name, or the one of the layers that compress."""
+    """The keys of rope_parameters and rope_scaling: two named sets, or one set for the layers that compress."""
     if set(SETS) <= set(values):
         stray = dict.fromkeys(set(values) & rotary_keys({"rope_type": "yarn"}).names(), "transformers drops it too")
         return Keys(harmless=stray, objects=dict.fromkeys(SETS, rotary_keys))
@@ -187,7 +187,7 @@ def read_config(values: Mapping[str, Any]) -> ModelConfig:
 
 
 def _layer_types(text: Released, layers: int) -> list[str]:
-    """By name, or by compression ratios, of which the draft blocks' stand at the end; else Pro's."""
+    """Stated by name, or as compression ratios (those of draft blocks come last); Pro's pattern where neither is."""
     ratios = text.values.get("compress_ratios")
     if ratios is None:
         pro = [HCA, HCA, *([HCA, CSA] * layers)]
@@ -199,10 +199,10 @@ def _layer_types(text: Released, layers: int) -> list[str]:
     if len(ratios) < layers:
         raise text.error(f"compress_ratios has {len(ratios)} entries for {layers} layers (num_hidden_layers)")
     by_ratio = [text.meaning("compress_ratios", ratio, RATIOS) for ratio in ratios[:layers]]
-    named = [text.meaning("layer_types", kind, TYPES) for kind in text.per_layer("layer_types", layers, by_ratio)]
-    if named != by_ratio:
+    by_name = [text.meaning("layer_types", kind, TYPES) for kind in text.per_layer("layer_types", layers, by_ratio)]
+    if by_name != by_ratio:
         raise text.error("layer_types and compress_ratios say different things")
-    return named
+    return by_name
 
 
 def _rates(text: Released) -> dict[str, Any]:

@@ -44,8 +44,8 @@ class Family:
     write_config    ModelConfig -> the released spelling; ConfigError where it has none for this config
     placements      the tensor names that are written, and where each belongs
     alternatives    other ways to store the same parameters: the names that are read, and where each belongs
-    embedding       the tensor name in placements of the embedding's weight,
-    head            and of the head's, which a file may hold though its config ties the two
+    embedding       the name in placements of the embedding's weight
+    head            the name of the head's weight, which a file may hold though its config ties it to the embedding
     experts         the key of how many experts a layer has
     spelling        the names in a file, and its config -> what turns each of them into the one in placements
     adapted         a config, and the names in its file -> the config of what the file holds

@@ -39,7 +39,7 @@ OTHER_MODALITIES = "of images and sound, for which no towers are built"
 
 
 def text_rotary_keys(values: Mapping[str, Any]) -> Keys:
-    """A set's keys: a default one turns whole heads, whatever else it says."""
+    """The keys of one set. A set of type default always turns whole heads."""
     keys = rotary_keys(values)
     if values.get("rope_type", values.get("type", "default")) != "default":
         return keys
@@ -130,7 +130,7 @@ def read_config(values: Mapping[str, Any]) -> ModelConfig:
     beside = text.flag("enable_moe_block", False)
 
     def found(name: str) -> Released:
-        """Where an id stands: with the decoder, else outside."""
+        """The config that states a token id: the decoder's own, else the outer one."""
         return outer if name in values and name not in text.values else text
 
     def layer(index: int) -> dict[str, Any]:
@@ -166,7 +166,7 @@ def read_config(values: Mapping[str, Any]) -> ModelConfig:
 
 
 def _tied_head(outer: Released, text: Released) -> bool:
-    """As the outer config has it, whose model has the head. The decoder's own says nothing, but must be a flag."""
+    """The outer config decides, as its model has the head. The decoder's own value is only checked to be a flag."""
     text.flag("tie_word_embeddings", True)
     return outer.flag("tie_word_embeddings", True)
 
@@ -197,7 +197,8 @@ def _read_per_layer_embedding(
 
 
 def _read_rotary(text: Released, name: str) -> dict[str, Any]:
-    """Of a layer type: its own set, what stands at the top where that has none; a default one turns whole heads."""
+    """The rotary embedding of a layer type: its own set, completed by the keys at the top of the config. One of type
+    default turns whole heads."""
     if text.has("rope_theta") and not text.has("rope_parameters"):
         raise text.error("rope_theta stands alone: rope_parameters, by layer type, are wanted instead")
     sets = text.within("rope_parameters", text.mapping("rope_parameters", DEFAULT_ROPE, null=DEFAULT_ROPE))
@@ -209,7 +210,8 @@ def _read_rotary(text: Released, name: str) -> dict[str, Any]:
 
 
 def _read_attention(text: Released, own: Released | None, full: bool, window: int) -> dict[str, Any]:
-    """But for what turns it and whose keys it reads. `own` is what differs in the layer, `window` the default."""
+    """An attention's fields except `rotary` and `kv_source`. `own` is the layer's own config, where it has one;
+    `window` is the default sliding window."""
     one_projection = text.flag("attention_k_eq_v", False) and full
     kv_heads, head_dim = text.integer("num_key_value_heads", 4), _head_dim(text, text.integer("head_dim", 256))
     if own is not None:

@@ -18,14 +18,14 @@ from typing import Any
 
 from kvell.errors import ConfigError, warn
 
-# The values that ask for nothing, and why any other is refused.
+# The values that change nothing, and why any other value is refused.
 Unsupported = tuple[tuple[Any, ...], str]
 
 
 @dataclass(frozen=True)
 class Keys:
-    """The keys that an object may have. `objects` are used keys whose value is an object, by what is known of its
-    keys; a function, where that depends on what stands there."""
+    """The keys that an object may have. `objects` are used keys whose values are objects themselves, with the keys
+    that those may have; a function of the object where these depend on its contents."""
 
     used: frozenset[str] = frozenset()
     harmless: Mapping[str, str] = field(default_factory=dict)
@@ -54,8 +54,8 @@ def keys_of(known: KeysOf, values: Mapping[str, Any]) -> Keys:
 
 
 def check_keys(where: str, values: Mapping[str, Any], keys: Keys, strict: bool) -> None:
-    """ConfigError for a key that is unsupported and, where strict, for those that are unknown; else these get one
-    warning. `where` begins the message."""
+    """ConfigError for an unsupported key. Unknown keys are a ConfigError where `strict`, else one warning. `where`
+    begins the message."""
     unknown: dict[str, Keys] = {}
     refused: list[str] = []
     _sort(values, keys, "", unknown, refused)
@@ -63,7 +63,8 @@ def check_keys(where: str, values: Mapping[str, Any], keys: Keys, strict: bool) 
     found += f" and {len(unknown) - 5} more" if len(unknown) > 5 else ""
     if unknown and strict:  # first, for a name misspelt may be why others are refused
         raise ConfigError(
-            f"{where}: {found}: unknown, and so is what it changes; strict=False or --lenient leaves it out"
+            f"{where}: {found}: unknown, and may change what the model computes; strict=False or --lenient leaves "
+            "it out"
         )
     if refused:
         raise ConfigError(f"{where}: {refused[0]}")
@@ -72,7 +73,8 @@ def check_keys(where: str, values: Mapping[str, Any], keys: Keys, strict: bool) 
 
 
 def _sort(values: Mapping[str, Any], keys: Keys, path: str, unknown: dict[str, Keys], refused: list[str]) -> None:
-    """Adds the paths of unknown keys, with what is known in their place, and what is said of unsupported ones."""
+    """Adds the paths of unknown keys to `unknown`, with the keys that are known there, and a message for each
+    unsupported key to `refused`."""
     for name, value in values.items():
         if name in keys.unsupported:
             nothing, why = keys.unsupported[name]
@@ -93,7 +95,7 @@ def _hinted(path: str, known: Keys) -> str:
 
 
 def _same(value: Any, other: Any) -> bool:
-    """Equal, where Python's True is no 1."""
+    """Whether two values are equal, without Python's True == 1."""
     return isinstance(value, bool) == isinstance(other, bool) and bool(value == other)
 
 

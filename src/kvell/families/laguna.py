@@ -143,7 +143,8 @@ def _head_dim(text: Released) -> int:
 
 
 def _read_rotary(text: Released, name: str) -> dict[str, Any]:
-    """Of a layer type: its own set, or the one for all, each with what stands at the top where it has none."""
+    """The rotary embedding of a layer type: its own set or the one for all types, completed by the keys at the top of
+    the config."""
     if text.has("rope_theta") and not text.has("rope_parameters"):
         raise text.error("rope_theta stands alone: rope_parameters, by layer type, are wanted instead")
     sets = text.within("rope_parameters", text.mapping("rope_parameters", DEFAULT_ROPE, null=DEFAULT_ROPE))
@@ -166,7 +167,7 @@ def _router(text: Released) -> dict[str, Any]:
 
 
 def _gate(text: Released, layers: int) -> str | None:
-    """`gating`; a list by layer, where there is one, says the same."""
+    """The value of `gating`. `gating_types`, a list by layer, must agree with it."""
     gate = text.choice("gating", True, GATES)
     for name in text.per_layer("gating_types", layers, []) if text.has("gating_types") else []:
         if text.meaning("gating_types", name, GATE_TYPES) != gate:
@@ -175,8 +176,8 @@ def _gate(text: Released, layers: int) -> str | None:
 
 
 def _dense_layers(text: Released, layers: int) -> list[bool]:
-    """By type; before `mlp_layer_types` by a list of dense layers and a step between sparse ones; else only layer 0
-    is dense."""
+    """Which layers are dense: stated by `mlp_layer_types`; in older files by a list of dense layers and a step
+    between sparse ones; else layer 0 alone."""
     if text.has("mlp_layer_types"):
         types = text.per_layer("mlp_layer_types", layers, [])
         return [text.meaning("mlp_layer_types", name, {"dense": True, "sparse": False}) for name in types]

@@ -16,17 +16,17 @@ from kvell.layers.experts import MOST_EXPERTS
 
 REQUIRED: Any = object()
 REFUSED: Any = object()
-# Widths and numbers of heads, and lengths and vocabularies: far beyond what is, and near enough that the products of
-# a model's sizes are sizes of tensors.
+# Upper bounds of widths and numbers of heads, and of lengths and vocabularies: far more than any model has, and small
+# enough that products of them still are valid tensor sizes.
 MOST_CHANNELS = 2**20
 MOST_TOKENS = 2**28
 
 
 class Released:
-    """An object of a released config.json, the whole file or what stands in it under `path`.
+    """An object of a released config.json: the whole file, or the object in it at `path`.
 
     A key that is absent has the default, which is that of the released config class. Null is refused like any other
-    wrong value, but where `null` says what it means.
+    wrong value, except where `null` gives its meaning.
     """
 
     def __init__(self, family: str, values: Any, path: str = "") -> None:
@@ -46,7 +46,7 @@ class Released:
         return self.error(f"{self.path}{name} is {shown(value)}, wanted is {wanted}")
 
     def has(self, name: str) -> bool:
-        """Whether a key says anything: it is there, and not null."""
+        """Whether a key is present and not null."""
         return self.values.get(name) is not None
 
     def within(self, name: str, value: Any = REQUIRED) -> "Released":
@@ -66,7 +66,8 @@ class Released:
     def checked_integer(
         self, name: str, value: Any, least: int = 1, most: int = MOST_CHANNELS, none: bool = False
     ) -> int:
-        """A value that was found under `name`."""
+        """`value`, which was found under `name`, if it is a whole number within these bounds. `none` says whether
+        null would have been allowed, for the error message."""
         if isinstance(value, int) and not isinstance(value, bool) and least <= value <= most:
             return value
         if isinstance(value, int) and not isinstance(value, bool) and value > most:
@@ -153,8 +154,8 @@ class Released:
         return tuple(self.checked_integer(name, one, 0, MOST_TOKENS, none=True) for one in ids)
 
     def build(self, fields: dict[str, Any], names: Mapping[str, str]) -> ModelConfig:
-        """The config of the fields. Values that do not fit together are told of by the file's keys: `names` has them
-        by Kvell's."""
+        """The config of these fields. An error about values that do not fit together names the file's keys: `names`
+        maps Kvell's field names to them."""
         where = f"{self.family} config"
         try:
             return ModelConfig.from_dict(fields, where)

@@ -54,7 +54,7 @@ def rotary_sets(*types: str, set_keys: KeysOf = rotary_keys) -> KeysOf:
 def read_rotary(
     text: Released, theta: Any = REQUIRED, fraction: float = 1.0, attention_factor: float | None = None
 ) -> dict[str, Any]:
-    """One set as a rotary part's fields; `theta`, `fraction` and `attention_factor` where it has none of its own."""
+    """One set as the fields of a rotary part; `theta`, `fraction` and `attention_factor` are the defaults."""
     kind = text.choice("rope_type", text.values.get("type", "default"), KINDS)
     if "type" in text.values and text.choice("type", REQUIRED, KINDS) != kind:
         raise text.error(f"{text.path}type is {text.values['type']!r}, and rope_type is {kind!r}")
@@ -76,7 +76,8 @@ def read_rotary(
 
 
 def _attention_factor(text: Released, factor: float, default: float | None) -> float | None:
-    """As stated, or the ratio of two as DeepSeek's files have it (`mscale`); None is the paper's."""
+    """The factor as stated, or as the ratio of two (`mscale`, `mscale_all_dim`) in DeepSeek's files; None stands for
+    the paper's."""
     stated = text.number("attention_factor", default, null=None)
     scale, all_dimensions = (text.number(name, None, least=0, null=None) for name in ("mscale", "mscale_all_dim"))
     if stated is not None or not scale or not all_dimensions:

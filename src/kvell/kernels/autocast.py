@@ -1,8 +1,8 @@
-"""What keeps fp32 does so under torch.autocast too.
+"""Computations that stay in fp32 under torch.autocast.
 
 In training with `precision: bfloat16` autocast rounds the operands of every product to bf16, fp32 tensors included.
-Which expert is chosen, which entry is picked and how streams are mixed is too delicate for that, so what computes it
-runs outside of autocast.
+The choice of experts, the choice of entries and the mixing of hyper-connections' lanes do not bear that rounding, so
+they run outside of autocast.
 """
 
 from collections.abc import Callable
@@ -19,8 +19,8 @@ R = TypeVar("R")
 def outside_autocast(run: Callable[P, R]) -> Callable[P, R]:
     """A function or method that computes in the dtypes of its arguments, whatever autocast says.
 
-    Its first tensor tells the device. Under autocast the dtypes of its arguments may differ from each other where
-    they never do without: the function itself has to bring them together.
+    The device is that of its first tensor. Under autocast its arguments may come in several dtypes, which they never
+    do otherwise: the function itself has to convert them.
     """
 
     @wraps(run)

@@ -54,8 +54,8 @@ def use(version: Version, folder: str | Path | None = None) -> Iterator[None]:
 
 
 class Choice:
-    """The choice as it stands when this is made, for blocks of code that run later, or in another thread:
-    `with choice:`, as often as wanted."""
+    """The choice of kernels at the time when this is made, to be restored later or in another thread: `with choice:`,
+    as often as needed."""
 
     def __init__(self) -> None:
         self._stood = _version.get(), _folder.get()

@@ -163,7 +163,7 @@ def _not_traced(*_: Any) -> str | None:
     return None if torch.compiler.is_compiling() else "not traced"
 
 
-def _many(x: Tensor, weights: Tensor, chosen: Tensor, *_: Any) -> str | None:
+def _too_many_choices(x: Tensor, weights: Tensor, chosen: Tensor, *_: Any) -> str | None:
     if not x.is_cuda:
         return "not on a CUDA device"
     return None if chosen.numel() <= GATHERED else f"more than {GATHERED} choices"
@@ -194,7 +194,7 @@ def _several_tokens(x: Tensor, *_: Any) -> str | None:
 EXPERTS = Kernel(
     "experts",
     KernelVersion("indexed", "torch", experts_indexed, _not_traced),
-    KernelVersion("gathered", "torch", experts_gathered, _many),
+    KernelVersion("gathered", "torch", experts_gathered, _too_many_choices),
     KernelVersion("grouped product", "torch", experts_of_groups, _not_grouped),
     KernelVersion("gathered, recorded", "torch", experts_gathered, _not_recorded),
     KernelVersion("one token", "torch", experts_of_one_token, _several_tokens),

@@ -21,7 +21,7 @@ def rms_norm(
 def rms_norm_widened(
     x: Float[Tensor, "*shape width"], weight: Float[Tensor, " width"] | None, eps: float
 ) -> Float[Tensor, "*shape width"]:
-    """torch's own, in fp32."""
+    """torch's own, on fp32 copies."""
     wide = None if weight is None else weight.float()
     return F.rms_norm(x.float(), x.shape[-1:], wide, eps).to(x.dtype)
 
@@ -36,7 +36,7 @@ def rms_norm_as_it_is(
 def rms_norm_of_many_rows(
     x: Float[Tensor, "*shape width"], weight: Float[Tensor, " width"] | None, eps: float
 ) -> Float[Tensor, "*shape width"]:
-    """On the CPU torch's own, which is faster for a single row, writes the squares of many down."""
+    """For many rows on the CPU. torch's own is faster for a single row, but stores the squares of many in memory."""
     wide = x.float()
     mean_square = torch.linalg.vector_norm(wide, dim=-1, keepdim=True).square_().div_(x.shape[-1])
     y = wide * mean_square.add_(eps).rsqrt_()

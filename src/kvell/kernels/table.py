@@ -1,8 +1,8 @@
 """The table of kernels: every computation that has more than one version, and the one function that chooses.
 
-A version says what it is made of (`made_in`), and what it does not take (`refuses`): a function of the kernel's own
-arguments that gives the reason, or None. Of those that take a call the first one runs, in the order in which they are
-listed, but for what `kernels.use` asks for (choice.py):
+A version says what it is made of (`made_in`), and which calls it does not take (`refuses`): a function of the
+kernel's arguments that returns the reason, or None. Of the versions that take a call the first one listed runs, among
+those that `kernels.use` allows (choice.py):
 
     nothing, "fast"   Triton on a CUDA device, then plain torch; the reference where there is nothing else
     "cpp"             the same, with C++ before plain torch
@@ -26,15 +26,16 @@ from kvell.errors import InputError
 from kvell.kernels.choice import chosen, interpreted, triton_installed
 
 MadeIn = Literal["torch", "reference", "cpp", "triton"]
-CPP, TRITON = "kvell.kernels.cpp", "kvell.kernels.triton"  # where versions stand that are imported when needed
+CPP, TRITON = "kvell.kernels.cpp", "kvell.kernels.triton"  # packages whose versions are imported when first called
 
 
 class KernelVersion:
     """One version of a kernel.
 
-    run        what computes
-    refuses    why it does not take a call, from the kernel's arguments; None where it does, or always does
-    traceable  whether torch.export may trace it; what is traced by torch.compile is plain torch in any case
+    run        the function that computes
+    refuses    a function of the kernel's arguments: why this version does not take the call, or None where it does;
+               None in its place for a version that takes every call
+    traceable  whether torch.export may trace it; torch.compile always traces plain torch
 
     Both functions may be given as "module:name", to be imported when they are first needed.
     """
@@ -91,7 +92,7 @@ class Kernel:
         self._of_torch = (*plain, *references)
 
     def __call__(self, *arguments: Any, **named: Any) -> Any:
-        # A decoded token of a small model calls hundreds of kernels: what is asked most often is asked first.
+        # A decoded token of a small model calls hundreds of kernels, so the usual case takes the shortest way.
         if _noting or arguments[0].is_cuda or chosen() != "fast":
             return self.choose(arguments, named).run(*arguments, **named)
         for version in self._of_torch:

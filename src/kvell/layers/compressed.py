@@ -301,7 +301,6 @@ class CompressedAttention(KeepsFp32, AttentionModule):
         return self._project(turn.inverse().rotate_last(y))
 
     def output_weights(self) -> tuple[Tensor, ...]:
-        """What the block's output was last multiplied by."""
         return (self.o_b_proj.weight,)
 
     def init_parameters(self) -> None:

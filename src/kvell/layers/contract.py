@@ -39,18 +39,19 @@ class BlockModule(nn.Module, ABC):
 
     @abstractmethod
     def output_weights(self) -> tuple[Tensor, ...]:
-        """What the block's output was last multiplied by: projections (2-D, or 3-D for experts), or the weights of a
-        norm (1-D). A quiet start makes them small."""
+        """The weights that produce the block's output: its last projections (2-D, or 3-D for experts), or the weights
+        of the norm behind them (1-D). Training from fresh weights starts them at zero, or small for a norm."""
 
 
 class AttentionModule(BlockModule):
     @abstractmethod
     def forward(self, x: Float[Tensor, "T C"], step: "Step", wanted: "Step | None" = None) -> Float[Tensor, "W C"]:
-        """`wanted` narrows the queries to some of the step's tokens: W = T without it. What it does with the
-        cache are operations (cache_operation.py)."""
+        """`wanted` narrows the queries to some of the step's tokens: W = T without it. The cache is used only through
+        operations (cache_operation.py)."""
 
     def compile_kernels(self) -> None:
-        """Compiles the kernels in C++ that a decoded token of this layer needs, beside those that are traced."""
+        """Compiles the C++ kernels that this layer calls for a decoded token, except those that tracing the step
+        compiles."""
 
 
 class FeedForwardModule(BlockModule):
@@ -60,7 +61,7 @@ class FeedForwardModule(BlockModule):
 
 
 class TokenWise(nn.Module):
-    """A module whose shapes are those of its tokens: training may compile its `forward` by itself."""
+    """A module that treats each token by itself, so that training may compile its `forward` on its own."""
 
 
 class Block(Part, ABC):
@@ -73,20 +74,20 @@ class Block(Part, ABC):
         """The module, with fresh weights; on the meta device it must need no memory."""
 
     def check_source(self, source: Part) -> str | None:
-        """Why this part cannot read what `source`, its counterpart in an earlier layer, makes; None where it can. It
-        is asked only where a field marked `Reads` names that layer."""
+        """Why this part cannot read what `source`, the same block of an earlier layer, makes; None where it can.
+        Called only where a field marked `Reads` names that layer."""
         return f"which makes nothing that a {self.kind} reads"
 
 
 class AttentionPart(Block):
-    """An attention. What it gives a token does not depend on how the sequence was split into steps."""
+    """An attention. A token's output does not depend on how the sequence was split into steps."""
 
     @abstractmethod
     def build(self, site: Site) -> AttentionModule: ...
 
     @abstractmethod
     def streams(self) -> tuple[StreamSpec, ...]:
-        """What a sequence must remember for this layer: the cache allocates it, a plan adds it up."""
+        """The streams that the cache keeps for this layer and each sequence, and that a plan adds up."""
 
     @abstractmethod
     def works(self, site: Site, source: Part | None) -> tuple[Work, ...]:
@@ -102,7 +103,7 @@ class AttentionPart(Block):
         """Numbers that a token would hold if this layer kept keys and values of its own for every token."""
 
     def released_streams(self, index_form: Literal["fp4", "fp8"]) -> tuple[StreamSpec, ...]:
-        """The streams as the released inference code packs them; as they are where it does not."""
+        """The streams as the released inference code packs them; Kvell's own where it does not pack them."""
         return self.streams()
 
     def heads_of_rows(self) -> int:
@@ -155,7 +156,7 @@ class ConnectionModule(nn.Module, ABC):
 
 
 class EndsModule(nn.Module, ABC):
-    """Both ends of the residual: what makes it and what the last norm sees of it."""
+    """Both ends of the residual: how it is made of the embedded tokens, and what the last norm reads of it."""
 
     @abstractmethod
     def open(self, x: Float[Tensor, "T C"]) -> Float[Tensor, "T *C"]:
@@ -184,7 +185,7 @@ class ConnectionPart(Part, ABC):
         """What `kvell inspect` says of it."""
 
     def works(self, site: Site) -> tuple[Work, ...]:
-        """Of one block and token, beyond products with weights."""
+        """The multiply-adds of one block and token beyond products with weights."""
         return ()
 
     def ends_works(self, site: Site) -> tuple[Work, ...]:

@@ -144,7 +144,6 @@ class ConvolutionalAttention(AttentionModule):
         return self.o_proj(y.flatten(1))
 
     def output_weights(self) -> tuple[Tensor, ...]:
-        """What the block's output was last multiplied by."""
         return (self.o_proj.weight,)
 
     def compile_kernels(self) -> None:

@@ -46,17 +46,17 @@ Rows = tuple[int, str]  # a stream's rows, by the layer that holds them and the 
 
 @dataclass(frozen=True)
 class WeightRole:
-    """What a plan must know of a module's weights beside their shapes. It stands in the module's `weight_role`, and
-    also holds for what is inside, unless that has a role of its own. Weights are named by the module inside that
-    holds them (`q_proj`), or by their own names where the module itself does.
+    """What a plan must know of a module's weights beside their shapes. A module states it in `weight_role`; it also
+    applies to modules inside that have no role of their own. A weight is named by the submodule that holds it
+    (`q_proj`), or by its own name where the module itself holds it.
 
-    part         under which name they are counted; vectors of a norm are "norms" in any case
-    form         the narrowest form of its matrices in a released model; vectors and tables of embeddings are bf16
-    every_token  those that make rows which a stream keeps: every token of a prompt needs them
-    bf16         matrices that released models keep in bf16 all the same
-    added        of two dimensions or more, but added or looked up and not multiplied
-    used         of how many equal parts of a weight a token uses how many; all of it where nothing is said
-    parts        those that are counted under another name
+    part         the heading under which a plan counts the weights; those of a norm always count as "norms"
+    form         the narrowest form of the matrices in a released model; vectors and embedding tables are bf16
+    every_token  weights that make rows which a stream keeps, so every token of a prompt needs them
+    bf16         matrices that are bf16 in released models, whatever `form` says
+    added        weights of two dimensions or more that are added or looked up, not multiplied with
+    used         the share of a weight that a token uses, as (used, all) equal parts; all of it where none is given
+    parts        weights that are counted under another heading
     """
 
     part: WeightPart

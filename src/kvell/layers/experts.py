@@ -24,7 +24,7 @@ from kvell.layers.routers import Router
 if TYPE_CHECKING:
     from kvell.step import Step
 
-# A bound far beyond what is: a file whose numbers no tensors bear out is refused before anything is made for them.
+# Far more experts than any model has. A config that asks for more is refused before anything is built for it.
 MOST_EXPERTS = 65536
 
 
@@ -131,7 +131,7 @@ class MixtureFeedForward(FeedForwardModule):
         return y if self.shared_expert is None else y + self.shared_expert(x)
 
     def output_weights(self) -> tuple[Tensor, ...]:
-        """What the block's output was last multiplied by, in the experts and in the shared one."""
+        """Those of the experts, and of the shared one."""
         return (self.down_proj, *(() if self.shared_expert is None else self.shared_expert.output_weights()))
 
 
@@ -152,6 +152,6 @@ class DenseBesideExpertsFeedForward(FeedForwardModule):
         return dense + self.mixture_output_norm(routed)
 
     def output_weights(self) -> tuple[Tensor, ...]:
-        """What the block's output was last multiplied by: the norms of both sides."""
+        """Those of the norms of both sides."""
         weights = (self.dense_output_norm.weight, self.mixture_output_norm.weight)
         return tuple(weight for weight in weights if weight is not None)

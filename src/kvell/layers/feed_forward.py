@@ -75,5 +75,4 @@ class GatedFeedForward(TokenWise, FeedForwardModule):
         return self.down_proj(self.unit(self.gate_proj(x), self.up_proj(x)))
 
     def output_weights(self) -> tuple[Tensor, ...]:
-        """What the block's output was last multiplied by."""
         return (self.down_proj.weight,)

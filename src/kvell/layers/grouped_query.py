@@ -91,7 +91,6 @@ class GroupedQueryAttention(AttentionModule):
         return self.o_proj(self._gate(x, y).flatten(1))
 
     def output_weights(self) -> tuple[Tensor, ...]:
-        """What the block's output was last multiplied by."""
         return (self.o_proj.weight,)
 
     def compile_kernels(self) -> None:

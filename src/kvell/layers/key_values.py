@@ -31,10 +31,10 @@ KeyValueSource = Annotated[NonNegativeInt | None, Reads(KEY_VALUES)]
 
 
 class KeyValuePart(AttentionPart):
-    """What every attention promises alike that keeps keys and values per KV head: a row of each for every token, all
-    of them or a window of them. Such layers can read each other's, whatever else they do."""
+    """The common part of attentions that keep keys and values per KV head, one row of each per token, for all tokens
+    or a window of them. Such layers can read each other's keys and values, whatever else they do."""
 
-    if TYPE_CHECKING:  # fields of the techniques, where they stand in their own order
+    if TYPE_CHECKING:  # each technique declares these fields itself, in its own order
         num_heads: int
         num_kv_heads: int
         head_dim: int

@@ -1,5 +1,5 @@
-"""The projections and tables of all layers: torch's, but they draw no values on the meta device. There are none to be
-drawn there, and torch would load its compiler to draw them."""
+"""The projections and tables of all layers: torch's, except that they are not initialised on the meta device. Tensors
+there hold no values, and initialising them would make torch load its compiler."""
 
 from jaxtyping import Float
 from torch import Tensor, nn

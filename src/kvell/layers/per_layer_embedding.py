@@ -54,7 +54,7 @@ class PerLayerEmbedding(Part):
     vocab_size: PositiveInt | None = None
 
     def rows(self, site: Site) -> int:
-        """Of the table."""
+        """How many rows the table has."""
         return self.vocab_size or site.vocab_size
 
     def build_inputs(self, site: Site) -> "PerLayerInputs":
@@ -111,7 +111,7 @@ class PerLayerInputs(nn.Module):
 
 
 class LookUp(CacheOperation):
-    """Rows of a table outside the device's memory: nothing of the cache, but nothing that could be compiled either.
+    """Looks up rows of a table outside the device's memory. It does not touch the cache, but it cannot be compiled.
     Input: the embedded tokens (T, C), for their dtype and device; result: (T, width)."""
 
     def __init__(self, table: MappedTable) -> None:
@@ -140,6 +140,6 @@ class PerLayerInjection(TokenWise):
         return self.norm(self.projection(self.activation(self.gate_proj(h)) * inputs))
 
     def output_weights(self) -> tuple[Tensor, ...]:
-        """What the block's output was last multiplied by: the norm's weight."""
+        """The norm's: as of a block (layers/contract.py)."""
         assert self.norm.weight is not None
         return (self.norm.weight,)

@@ -7,11 +7,12 @@ A technique joins by `register`, from this package (layers/__init__.py) or from 
         kind: Literal["linear"] = "linear"
         ...
 
-A field annotated with `ATTENTIONS.field` takes every registered attention, also one that is registered later.
+A field of the type `Annotated[AttentionPart, ATTENTIONS]` takes every registered attention, also one that is
+registered later.
 """
 
 import inspect
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any, Generic, TypeVar
 
 from pydantic import GetCoreSchemaHandler
@@ -65,8 +66,7 @@ class Registry(Generic[P]):
         return part.model_validate(values)
 
     def __get_pydantic_core_schema__(self, source: Any, handler: GetCoreSchemaHandler) -> CoreSchema:
-        written: Callable[[P], dict[str, Any]] = lambda part: part.model_dump()  # noqa: E731
-        serialization = core_schema.plain_serializer_function_ser_schema(written)
+        serialization = core_schema.plain_serializer_function_ser_schema(_written)
         return core_schema.no_info_plain_validator_function(self.validate, serialization=serialization)
 
     def _differs(self, part: type[P], name: str) -> str | None:
@@ -79,6 +79,10 @@ class Registry(Generic[P]):
         if list(found)[: len(wanted)] != wanted or len(needed) > len(wanted):
             return f"{name} takes ({', '.join(found)}), wanted is ({', '.join(wanted)})"
         return None
+
+
+def _written(part: Part) -> dict[str, Any]:
+    return part.model_dump()
 
 
 ATTENTIONS = Registry[AttentionPart]("attention", AttentionPart)  # type: ignore[type-abstract]

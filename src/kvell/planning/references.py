@@ -84,12 +84,6 @@ class LatentShapes(AttentionModule):
 
     weight_role: ClassVar[WeightRole] = WeightRole("projections", every_token=("kv_a_proj",))
 
-    def forward(self, x: Tensor, step: "Step", wanted: "Step | None" = None) -> Tensor:
-        raise NotImplementedError("latent attention is counted, not run")
-
-    def output_weights(self) -> tuple[Tensor, ...]:
-        return (self.o_proj.weight,)
-
     def __init__(self, config: LatentAttention, site: Site) -> None:
         super().__init__()
         hidden, heads = site.hidden_size, config.num_heads
@@ -101,6 +95,12 @@ class LatentShapes(AttentionModule):
         self.kv_b_proj = Linear(config.rank, heads * (config.head_dim + config.value_dim), bias=False)
         self.o_proj = Linear(heads * config.value_dim, hidden, bias=False)
         self.indexer = IndexerShapes(config.indexer, config.query_rank, hidden)
+
+    def forward(self, x: Tensor, step: "Step", wanted: "Step | None" = None) -> Tensor:
+        raise NotImplementedError("latent attention is counted, not run")
+
+    def output_weights(self) -> tuple[Tensor, ...]:
+        return (self.o_proj.weight,)
 
 
 class IndexerShapes(nn.Module):
@@ -137,7 +137,7 @@ def deepseek_v32() -> ModelConfig:
         router=SigmoidRouter(),
         routed_scale=2.5,
     )
-    # Constructed without validation: no registered attention is latent, and nothing here is ever built.
+    # Constructed without validation: no registered attention is latent, and this model is never run.
     layers = tuple(
         LayerConfig.model_construct(attention=attention, feed_forward=dense if index < 3 else mixture)
         for index in range(61)

@@ -13,8 +13,8 @@ from kvell.training.settings import ParameterGroup
 # A hidden matrix is a linear layer's (2-D), or one for each expert (3-D), inside the model: besides linear layers,
 # what a module's `matrices` name. A matrix is any other that mixes channels: the head, the kernels of a convolution.
 # A table's rows are looked up by tokens. All else counts as vectors: norms, biases, sinks, temperatures, scales,
-# kernels of one channel, biases by position, and what makes the weights of hyper-connections: decay would melt the
-# identity that they begin as.
+# kernels of one channel, biases by position, and the weights of hyper-connections, which begin as the identity: decay
+# would pull them away from it.
 Role = Literal["hidden matrix", "matrix", "table", "vector"]
 
 

@@ -118,7 +118,7 @@ class Stage(Part):
 
 
 class ParameterGroup(Part):
-    """Parameters whose name matches `pattern` ("*" is anything, dots too) learn otherwise than the rest.
+    """Settings for parameters whose names match `pattern` ("*" stands for anything, dots too).
 
     A rate is stated (`learning_rate`) or multiplies the one that they would have (`learning_rate_scale`);
     `weight_decay` falls on them whatever they are. `freeze` leaves them as they are: they get no gradients, and no
@@ -166,7 +166,7 @@ class Optimizer(Part):
     parameter_groups: tuple[ParameterGroup, ...] = ()
 
 
-# What adamw makes no use of.
+# Settings that `kind: adamw` does not use.
 MUON_S_OWN = ("matrix_learning_rate", "matrix_weight_decay")
 
 
@@ -311,7 +311,7 @@ class TrainingConfig(Part):
 
 
 def ignored_settings(config: TrainingConfig) -> list[str]:
-    """What a run's config says that changes nothing, or not what it says, a line each."""
+    """A line for each setting of a run that has no effect, or not the effect that it states."""
     said, schedule, kind = [], config.schedule, config.optimizer.kind
     if schedule.warmup >= config.steps:
         reached = config.steps / (schedule.warmup + 1)

@@ -39,14 +39,14 @@ class StopRequest:
 
 
 def nothing() -> None:
-    """The check of who cannot be stopped."""
+    """The check of work that nobody can stop."""
 
 
 def interruptibly(work: Callable[[], Value], check: Callable[[], None]) -> Value:
     """What `work` returns or raises, unless `check`, called meanwhile, raises.
 
-    For work outside of Python that lets no signal through: it runs in a thread of its own. If `check` raises, that
-    thread is left to itself, what it makes is dropped, and it does not keep the process from ending.
+    For work in native code, during which Python handles no signals: it runs in a thread of its own. If `check`
+    raises, the thread goes on but its result is dropped, and it does not keep the process from ending.
     """
     made: Future[Value] = Future()
 
