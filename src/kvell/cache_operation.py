@@ -50,8 +50,8 @@ class CacheOperation(ABC):
     @abstractmethod
     def __call__(self, step: "Step", wanted: "Step", *inputs: Any, **named: Any) -> Tensor:
         """The result, in the first input's dtype. It is a new tensor, never a view of an input or of cached rows:
-        their memory may be reused before the result is read. `wanted` is the step narrowed to the tokens whose results are
-        needed, or the step itself."""
+        their memory may be reused before the result is read. `wanted` is the step narrowed to the tokens whose
+        results are needed, or the step itself."""
 
     def result_shape(self, step: "Step", *inputs: Tensor | None) -> Sequence[int]:
         """The shape of the result, from the inputs and the number of sequences; the first input's if not said."""

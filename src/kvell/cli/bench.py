@@ -110,7 +110,7 @@ def bench(
 
 @dataclass(frozen=True)
 class KernelChoice:
-    """Which version of a kernel runs where, in how many calls, and why none of the others does."""
+    """Which version of a kernel runs in a step, in how many calls, and why the others do not."""
 
     kernel: str
     where: str
@@ -120,8 +120,8 @@ class KernelChoice:
 
 
 def kernels_of(decoder: "Decoder", prompt: int = 64) -> list[KernelChoice]:
-    """Every kernel that a prompt and a decoded token call, by running both, and the token again with kernels in C++,
-    as a compiled step has them."""
+    """Every kernel that a prompt and a decoded token call. Both are run to find out, and the token once more with
+    kernels in C++, as in a compiled step."""
     import torch
 
     from kvell import kernels
@@ -156,7 +156,7 @@ def _kernel_table(choices: Sequence[KernelChoice]) -> "Table":
     from rich.table import Table
 
     table = Table(box=None, pad_edge=False, header_style="bold")
-    for title in ("kernel", "in a", "version", "calls", "not"):
+    for title in ("kernel", "step", "version", "calls", "why not the others"):
         table.add_column(title, justify="right" if title == "calls" else "left")
     for choice in choices:
         others = "; ".join(f"{name}: {reason}" for name, reason in choice.others.items())

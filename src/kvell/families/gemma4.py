@@ -24,7 +24,7 @@ from kvell.families.family import (
 )
 from kvell.families.keys import COMMON_HARMLESS, COMMON_UNSUPPORTED, Keys, because, named
 from kvell.families.released import Released
-from kvell.families.rotary import read_rotary, rotary_keys, rotary_sets, write_rotary
+from kvell.families.rotary import read_rotary, read_rotary_sets, rotary_keys, rotary_sets, write_rotary
 from kvell.layers.experts import DenseBesideExperts
 from kvell.layers.feed_forward import GatedMLP
 from kvell.layers.grouped_query import GroupedQuery
@@ -199,13 +199,8 @@ def _read_per_layer_embedding(
 def _read_rotary(text: Released, name: str) -> dict[str, Any]:
     """The rotary embedding of a layer type: its own set, completed by the keys at the top of the config. One of type
     default turns whole heads."""
-    if text.has("rope_theta") and not text.has("rope_parameters"):
-        raise text.error("rope_theta stands alone: rope_parameters, by layer type, are wanted instead")
-    sets = text.within("rope_parameters", text.mapping("rope_parameters", DEFAULT_ROPE, null=DEFAULT_ROPE))
-    own = sets.within(name)
-    fraction = text.number("partial_rotary_factor", 1.0, most=1, null=1.0)
-    theta = {"theta": text.number("rope_theta", above=1)} if text.has("rope_theta") else {}
-    rotary = read_rotary(own, fraction=fraction, **theta)
+    sets, defaults = read_rotary_sets(text, DEFAULT_ROPE)
+    rotary = read_rotary(sets.within(name), **defaults)
     return rotary | {"fraction": 1.0} if rotary["kind"] == "default" else rotary
 
 
@@ -213,12 +208,12 @@ def _read_attention(text: Released, own: Released | None, full: bool, window: in
     """An attention's fields except `rotary` and `kv_source`. `own` is the layer's own config, where it has one;
     `window` is the default sliding window."""
     one_projection = text.flag("attention_k_eq_v", False) and full
-    kv_heads, head_dim = text.integer("num_key_value_heads", 4), _head_dim(text, text.integer("head_dim", 256))
+    kv_heads, head_dim = text.integer("num_key_value_heads", 4), text.even("head_dim", 256)
     if own is not None:
-        head_dim = _head_dim(own, own.integer("head_dim", head_dim))
+        head_dim = own.even("head_dim", head_dim)
         kv_heads = own.integer("num_key_value_heads", kv_heads)
     elif full:
-        head_dim = _head_dim(text, text.integer("global_head_dim", 512), "global_head_dim")
+        head_dim = text.even("global_head_dim", 512)
         of_full = text.integer("num_global_key_value_heads", kv_heads, null=kv_heads)
         kv_heads = of_full if one_projection else kv_heads
     sliding = text.integer("sliding_window", window)
@@ -233,12 +228,6 @@ def _read_attention(text: Released, own: Released | None, full: bool, window: in
         "bias": text.flag("attention_bias", False),
         "scale": 1.0,
     }
-
-
-def _head_dim(text: Released, width: int, name: str = "head_dim") -> int:
-    if width % 2:
-        raise text.wrong(name, width, "an even number")
-    return width
 
 
 def _own_configs(text: Released, layers: int) -> list[Released] | None:

@@ -19,7 +19,7 @@ from kvell.families.family import (
 )
 from kvell.families.keys import COMMON_HARMLESS, COMMON_UNSUPPORTED, Keys, named, shown
 from kvell.families.released import Released
-from kvell.families.rotary import read_rotary, rotary_sets, write_rotary
+from kvell.families.rotary import read_rotary, read_rotary_sets, rotary_sets, write_rotary
 from kvell.layers.experts import MixtureOfExperts
 from kvell.layers.feed_forward import GatedMLP
 from kvell.layers.grouped_query import GroupedQuery
@@ -95,7 +95,7 @@ def read_config(values: Mapping[str, Any]) -> ModelConfig:
             "kind": "grouped_query",
             "num_heads": heads[index],
             "num_kv_heads": text.integer("num_key_value_heads", 8),
-            "head_dim": _head_dim(text),
+            "head_dim": text.even("head_dim", 128),
             "sliding_window": window if types[index] == "sliding" else None,
             "rotary": rotary[types[index]],
             "output_gate": gate,
@@ -135,23 +135,12 @@ def read_config(values: Mapping[str, Any]) -> ModelConfig:
     )
 
 
-def _head_dim(text: Released) -> int:
-    width = text.integer("head_dim", 128)
-    if width % 2:
-        raise text.wrong("head_dim", width, "an even number")
-    return int(width)
-
-
 def _read_rotary(text: Released, name: str) -> dict[str, Any]:
     """The rotary embedding of a layer type: its own set or the one for all types, completed by the keys at the top of
     the config."""
-    if text.has("rope_theta") and not text.has("rope_parameters"):
-        raise text.error("rope_theta stands alone: rope_parameters, by layer type, are wanted instead")
-    sets = text.within("rope_parameters", text.mapping("rope_parameters", DEFAULT_ROPE, null=DEFAULT_ROPE))
+    sets, defaults = read_rotary_sets(text, DEFAULT_ROPE)
     by_type = set(sets.values) & set(KINDS)
-    fraction = text.number("partial_rotary_factor", 1.0, most=1, null=1.0)
-    theta = {"theta": text.number("rope_theta", above=1)} if text.has("rope_theta") else {}
-    return read_rotary(sets.within(name) if by_type else sets, fraction=fraction, **theta)
+    return read_rotary(sets.within(name) if by_type else sets, **defaults)
 
 
 def _router(text: Released) -> dict[str, Any]:

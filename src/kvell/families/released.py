@@ -74,6 +74,13 @@ class Released:
             raise self.error(f"{self.path}{name} is {shown(value)}, and Kvell builds no more than {most:,}")
         raise self.wrong(name, value, f"a whole number from {least} on" + (" or null" if none else ""))
 
+    def even(self, name: str, default: Any) -> int:
+        """A width of heads, whose channels turn in pairs."""
+        width = int(self.integer(name, default))
+        if width % 2:
+            raise self.wrong(name, width, "an even number")
+        return width
+
     def tokens(self, name: str, default: Any = REQUIRED) -> int:
         """A number of tokens: a vocabulary, a length."""
         return int(self.integer(name, default, most=MOST_TOKENS))

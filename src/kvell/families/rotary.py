@@ -51,6 +51,18 @@ def rotary_sets(*types: str, set_keys: KeysOf = rotary_keys) -> KeysOf:
     return keys
 
 
+def read_rotary_sets(text: Released, default: Mapping[str, Any]) -> tuple[Released, dict[str, Any]]:
+    """The object `rope_parameters` of a config, and the `theta` and `fraction` that the keys at the top give to sets
+    that do not state them."""
+    if text.has("rope_theta") and not text.has("rope_parameters"):
+        raise text.error("rope_theta stands alone: rope_parameters, by layer type, are wanted instead")
+    sets = text.within("rope_parameters", text.mapping("rope_parameters", default, null=default))
+    defaults = {"fraction": text.number("partial_rotary_factor", 1.0, most=1, null=1.0)}
+    if text.has("rope_theta"):
+        defaults["theta"] = text.number("rope_theta", above=1)
+    return sets, defaults
+
+
 def read_rotary(
     text: Released, theta: Any = REQUIRED, fraction: float = 1.0, attention_factor: float | None = None
 ) -> dict[str, Any]:

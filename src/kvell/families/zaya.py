@@ -127,9 +127,7 @@ def read_config(values: Mapping[str, Any]) -> ModelConfig:
         raise text.error("sliding_window is missing, and there are hybrid_sliding layers")
     sets = text.within("rope_parameters", text.mapping("rope_parameters", DEFAULT_ROPE, null=DEFAULT_ROPE))
     rotary = {name: read_rotary(sets.within(name)) for name in set(types)}
-    head_dim = text.integer("head_dim", 128)
-    if head_dim % 2:
-        raise text.wrong("head_dim", head_dim, "an even number")
+    head_dim = text.even("head_dim", 128)
     activation = text.choice("hidden_act", "silu", ACTIVATION_NAMES)
     skip = text.choice("skip_expert", "identity", SKIP_EXPERTS)
 
