@@ -24,7 +24,7 @@ from kvell.model import Decoder
 TABLE = "per_layer_inputs.table.weight"
 EMBEDDING, HEAD = "embedding.weight", "head.weight"
 HUB_FILES = ["*.json", "*.safetensors", "tokenizer*"]
-RUN = "training.json"  # what `kvell train` writes at once, where the model only comes at the end
+RUN = "training.json"  # which `kvell train` writes when a run begins; the model follows at its end
 
 
 def from_pretrained(
@@ -102,15 +102,15 @@ def model_folder(path: str | Path) -> Path:
     raise CheckpointError(f"{folder} holds no weights, neither {SINGLE} nor {INDEX}")
 
 
-# Within a tensor's name: the number of its layer, the number of its expert, and the end of all experts' in one.
+# In a tensor's name: the number of its layer, that of its expert, and how the name of all experts' tensor ends.
 LAYER = re.compile(r"(?:^|\.)layers\.(\d+)\.")
 EXPERT = re.compile(r"\.(?:local_)?experts\.(\d+)\.")
 STACKED = re.compile(r"\.(?:experts|switch_mlp)\.[a-z_]+(?:\.weight)?$")
 
 
 def check_counts(values: Mapping[str, Any], files: TensorFiles) -> None:
-    """ConfigError if a released config has more layers or experts than there are tensors of. It is looked at before
-    anything is built, or so much as named, for all of them."""
+    """ConfigError if a released config has more layers or experts than there are tensors of. Checked before anything
+    is built, or any tensor's name is made, for all of them."""
     family = next((one for one in FAMILIES.values() if values.get("model_type") in one.model_types), None)
     text = values.get("text_config", values)
     if family is None or not isinstance(text, Mapping):
@@ -236,7 +236,7 @@ def match(
 
 
 def _check_complete(placed: Mapping[str, Placement], ways: Sequence[Mapping[Placement, str]]) -> None:
-    """CheckpointError unless a parameter's tensors are all of one way to store it, and of no other."""
+    """CheckpointError unless a parameter's tensors are exactly those of one of the ways to store it."""
     found = set(placed.values())
     way = next((way for way in ways if found <= set(way)), None)
     if way is None:

@@ -48,7 +48,7 @@ class TensorFiles:
             if absent := sorted(wanted[shard] - here):
                 raise CheckpointError(f"{file} does not hold {absent[0]}, which {INDEX} places there")
             for name in sorted(here & self._files.keys()):
-                # Whatever all ranks have is stored by each of them in some files.
+                # In some files every rank has stored its own copy of the tensors that all ranks share.
                 if not same_bits(self._tensor(file, name), self.get(name)):
                     raise CheckpointError(f"{file} and {self._files[name]} both hold {name}, and not the same values")
             self._files = dict.fromkeys(here, file) | self._files
@@ -91,7 +91,7 @@ def _weight_map(index: Path) -> dict[str, str]:
 
 
 def _check_name(index: Path, shard: str) -> None:
-    """CheckpointError if an index names as a shard what is no file beside it."""
+    """CheckpointError if an index names a shard that is not the name of a file in its own folder."""
     named = shard.isprintable() and shard not in ("", ".", "..") and not set(shard) & set("/\\")
     if not named or len(shard.encode()) > LONGEST_NAME:
         raise CheckpointError(
@@ -115,7 +115,7 @@ def _check_inside(file: Path) -> None:
 
 
 def same_bits(one: Tensor, other: Tensor) -> bool:
-    """Whether two tensors are alike in shape, dtype and every bit. They are read as far as they are alike."""
+    """Whether two tensors are alike in shape, dtype and every bit. Reading stops at the first block that differs."""
     if one.shape != other.shape or one.dtype != other.dtype:
         return False
     blocks = [tensor.flatten().view(torch.uint8).split(COMPARED_AT_ONCE) for tensor in (one, other)]

@@ -4,6 +4,6 @@ import typer
 
 LENIENT = typer.Option(
     "--lenient",
-    help="Leave out keys of the model's config.json that are unknown here, with a warning: the model may be another"
-    " than its makers meant.",
+    help="Leave out unknown keys of the model's config.json, with a warning: the model may then differ from what its"
+    " makers meant.",
 )

@@ -1,7 +1,6 @@
 """`kvell plan`: what a context costs, before anything is loaded.
 
-What can be counted stands first, then what is to be said of it, then the plot: where that cannot be drawn, nothing
-else is lost.
+Tables are printed first, then warnings; the plot is drawn last, so that nothing else is lost where drawing fails.
 """
 
 import csv
@@ -176,7 +175,7 @@ def plan(
 
 
 def _warn(plans: "list[Plan]") -> None:
-    """A line for each thing that is to be said, with the models that it is said of."""
+    """Each warning once, with all the models that it applies to."""
     models: dict[str, list[str]] = {}
     for one in {one.model: one for one in plans}.values():  # of a model's contexts the last, which is the longest
         for warning in one.warnings:

@@ -22,8 +22,8 @@ def _rounded(number: float, dtype: torch.dtype) -> float:
 class KeepsFp32(nn.Module):
     """A module whose parameters and buffers named in `fp32` keep that dtype through `.to(bfloat16)` and the like.
 
-    They are few and small, and rounding them would change which expert is chosen or how streams are mixed. What is
-    computed with them is kept from autocast by `outside_autocast` (kernels/autocast.py).
+    They are few and small, and rounding them would change which expert is chosen or how lanes are mixed. What is
+    computed with them is kept out of autocast by `outside_autocast` (kernels/autocast.py).
     """
 
     fp32: ClassVar[tuple[str, ...]] = ()

@@ -22,7 +22,7 @@ LONGEST_WORD = 1024
 # How many characters of documents are encoded at a time.
 BATCH = 1 << 20
 # What the pre-tokenizer takes for one word: letters, other signs, or white space. Python counts four control
-# characters as white space that it takes for signs.
+# characters (0x1c to 0x1f) as white space that the pre-tokenizer counts as signs.
 LONG_WORD = re.compile(
     rf"(?<![^\W\d_])[^\W\d_]{{{LONGEST_WORD + 1},}}"
     rf"|(?<![^\w\s]|[_\x1c-\x1f])(?:[^\w\s]|[_\x1c-\x1f]){{{LONGEST_WORD + 1},}}"
