@@ -1,8 +1,8 @@
 """`kvell bench`: how fast a model is on this machine."""
 
 import json
+import warnings
 from collections.abc import Sequence
-from contextlib import suppress
 from dataclasses import asdict, dataclass
 from statistics import median
 from time import perf_counter
@@ -146,8 +146,12 @@ def kernels_of(decoder: "Decoder", prompt: int = 64) -> list[KernelChoice]:
         decoder(tokens[:, :1], cache=cache)
     note("token", choices)
     if decoder.device.type == "cpu":
-        with suppress(InputError), noted_choices() as choices, kernels.use("cpp"):  # where there is a compiler
-            decoder(tokens[:, :1], cache=cache)
+        try:
+            with noted_choices() as choices, kernels.use("cpp"):
+                decoder(tokens[:, :1], cache=cache)
+        except InputError as error:  # no compiler, say
+            warnings.warn(f"no kernel in C++ runs here: {error}", stacklevel=1)
+        else:
             note("token, by C++", choices)
     return found
 
