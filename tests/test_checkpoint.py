@@ -2,12 +2,14 @@
 
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
 import time
 import tracemalloc
 from collections.abc import Callable
+from importlib import resources
 from pathlib import Path
 from typing import Any
 
@@ -36,7 +38,7 @@ from transformers import AutoModelForCausalLM, LagunaForCausalLM
 
 import kvell
 from kvell.checkpoint.reading import INDEX, SINGLE
-from kvell.families import FAMILIES
+from kvell.families import FAMILIES, parse_config
 
 GEMMA_CONFIG = GEMMA4 | {"num_kv_shared_layers": 3, "layer_types": [SLIDING, SLIDING, FULL] * 2}
 LAGUNA_CONFIG = LAGUNA | {"rope_parameters": yarn(attention_factor=1.0)}
@@ -841,13 +843,42 @@ def test_a_name_of_several_lines_or_none_that_fits_one_is_told_in_one(tmp_path: 
     edit(folder, lambda tensors: tensors.update({"two\nlines\x00\x1b[31m": torch.ones(1)}))
     with pytest.raises(kvell.CheckpointError) as refusal:
         kvell.from_pretrained(folder)
-    assert r"two\nlines\x00\x1b[31m" in str(refusal.value)
+    assert r"two lines\x00\x1b[31m" in str(refusal.value)
     edit(folder, lambda tensors: tensors.update({"a" * 10_000: tensors.pop("two\nlines\x00\x1b[31m")}))
     with pytest.raises(
         kvell.CheckpointError, match=r"unexpected tensor aaaa.* \.\.\. .*has no place for it$"
     ) as refusal:
         kvell.from_pretrained(folder)
     assert len(str(refusal.value)) < 3000
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "wanted"),
+    [("hc_mult", 1_000_000, "64"), ("hc_sinkhorn_iters", 30_000, "1,000")],
+)
+def test_counts_that_no_tensor_bears_out_are_bounded(key: str, value: int, wanted: str) -> None:
+    flash = json.loads((resources.files("kvell.families") / "configs" / "deepseek-v4-flash.json").read_text())
+    with pytest.raises(kvell.ConfigError, match=f"{key} is {value}, and Kvell builds no more than {wanted}"):
+        parse_config(flash | {key: value})
+
+
+def test_kvells_own_config_as_it_is_saved_may_lack_its_model_type(tmp_path: Path) -> None:
+    config = kvell.from_pretrained(released("laguna", tmp_path / "laguna")).config
+    model = kvell.Decoder(config.model_copy(update={"family": None}))
+    model.save_pretrained(tmp_path / "own")
+    values = json.loads((tmp_path / "own" / "config.json").read_text())
+    assert values.pop("model_type") == "kvell"
+    (tmp_path / "own" / "config.json").write_text(json.dumps(values))
+    assert kvell.from_pretrained(tmp_path / "own").config == model.config
+
+
+@pytest.mark.parametrize("name", ["generation_config.json", "model.safetensors"])
+def test_a_folder_in_the_place_of_a_file_is_no_file_that_is_not_there(tmp_path: Path, name: str) -> None:
+    folder = released("laguna", tmp_path)
+    (folder / name).unlink(missing_ok=True)
+    (folder / name).mkdir()
+    with pytest.raises(kvell.CheckpointError, match=re.escape(name)):
+        kvell.from_pretrained(folder)
 
 
 # What a skip rule leaves out is told of, or a text's logits cannot depend on it.

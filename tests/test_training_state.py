@@ -108,7 +108,9 @@ def damaged(checkpoint: Path, how: str) -> None:
     elif how == "no random numbers":
         tensors["random_state"].zero_()
     elif how == "no progress":
-        (checkpoint / "progress.json").write_text('{"step": "many"}')
+        (checkpoint / "progress.json").write_text('{"step": "many", "tokens": 1, "best": null, "since_best": 0}')
+    elif how == "an empty progress":
+        (checkpoint / "progress.json").write_text("{}")
     rows = {"model.embedding.weight": [0, 400]} if how == "in part" else {}
     save_file(tensors, file, {"rows": "no JSON" if how == "metadata" else json.dumps(rows)})
 
@@ -125,6 +127,7 @@ def damaged(checkpoint: Path, how: str) -> None:
         ("metadata", "safetensors is damaged: rows: "),
         ("no random numbers", "step-00000001 cannot be read: random_state: "),
         ("no progress", "progress.json is damaged: .* integer"),
+        ("an empty progress", "progress.json is damaged: step is missing"),
     ],
 )
 def test_a_damaged_checkpoint_is_named_in_one_line(

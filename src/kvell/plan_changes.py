@@ -1,9 +1,12 @@
 """What a plan can count a model without (`kvell plan --what-if`), by name and in words.
 
-It imports nothing of the library: the command line's help shows it, and help comes at once.
+It imports nothing that imports torch: the command line's help shows it, and help comes at once.
 """
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, NamedTuple
+
+from kvell.errors import InputError
 
 if TYPE_CHECKING:
     from kvell.layers.cost import Technique
@@ -28,3 +31,10 @@ CHANGES = {
     "plain": Change(("compression", "windows", "sharing"), "no compression, no windows and no sharing"),
 }
 EVERY_CHANGE = "all"
+
+
+def check_changes(names: Sequence[str]) -> None:
+    """InputError, with the known ones, for a change that is unknown, and for all of them beside others."""
+    for name in names:
+        if name not in CHANGES and (name != EVERY_CHANGE or len(names) > 1):
+            raise InputError(f"what-if {name} is unknown: use one of {', '.join(CHANGES)}, or {EVERY_CHANGE} alone")

@@ -184,6 +184,9 @@ def keeping_its_head(config: ModelConfig, files: QuantisedFiles, family: Family 
     if len(stored) < len(wanted) or files.same(*(stored[plain] for plain in wanted)):
         return config
     head, embedding = (stored[plain] for plain in wanted)
+    own, other = files.shape(head), files.shape(embedding)
+    if own != other:
+        raise CheckpointError(f"{files.file(head)}: {head} has the shape {own}, {embedding} {other}")
     warn(
         f"{files.file(head)}: {head} is not {embedding}, though the config ties them"
         f" ({'tie_word_embeddings' if family else 'tied_head'}): the model keeps the file's head, and is not tied"

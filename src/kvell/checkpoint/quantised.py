@@ -84,6 +84,12 @@ class QuantisedFiles:
         pairs = [(one, other)] if scales == (None, None) else [(one, other), scales]
         return all(a and b and same_bits(self._files.get(a), self._files.get(b)) for a, b in pairs)
 
+    def shape(self, name: str) -> list[int]:
+        """The shape of what a tensor stands for."""
+        tensor = self._files.get(name)
+        coded = name in self.scales and tensor.dim() == 2
+        return FORMATS[tensor.dtype].shape(tensor) if coded else list(tensor.shape)
+
     def dtype(self, name: str) -> torch.dtype:
         """The dtype a tensor is stored in. CheckpointError if it is none to compute in."""
         stored = self._files.get(name).dtype

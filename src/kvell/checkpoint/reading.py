@@ -5,6 +5,7 @@ A tensor that is asked for is a view of its file: its bytes come off the disk wh
 
 import ctypes
 import mmap
+import os
 from collections import defaultdict
 from pathlib import Path
 from typing import Any
@@ -30,7 +31,7 @@ class TensorFiles:
         self._opened: dict[Path, Any] = {}
         single = folder / SINGLE
         # Before the index, which transformers leaves where it was when it saves a model again, in one file.
-        if single.is_file():
+        if os.path.lexists(single):  # whatever it is: it comes first
             self._files = dict.fromkeys(self._open(single), single)
             return
         if not (folder / INDEX).is_file():

@@ -15,7 +15,7 @@ import typer
 from kvell.cli import console, plan_tables, sizes
 from kvell.cli.options import LENIENT
 from kvell.errors import InputError, whole_number
-from kvell.plan_changes import CHANGES, EVERY_CHANGE
+from kvell.plan_changes import CHANGES, EVERY_CHANGE, check_changes
 
 if TYPE_CHECKING:
     from kvell.config import ModelConfig
@@ -147,6 +147,7 @@ def plan(
     from kvell.planning.roofline import known_device, measured_device
 
     engine = Engine(block_tokens, _window_rows(window_rows), tensor_parallel)
+    check_changes(what_if or [])
     configs = {name: known_config(name, strict=not lenient) for name in models}
     chosen = measured_device() if measure else known_device(device)
     lengths, batch_size = _fitting(configs, context, batch, memory, dtype, max_rewind, chosen)

@@ -55,7 +55,10 @@ def read_config(path: str | Path, *, strict: bool = True) -> ModelConfig:
         return read_config_file(file)
     values = read_json(file)
     if "model_type" not in values and ("layers" in values or "model" in values):
-        return read_config_file(file)
+        if "dtype" in values:  # Kvell's own, as it is saved beside weights, but for its model_type
+            values["model_type"] = "kvell"
+        else:
+            return read_config_file(file)
     with naming(file):
         config = parse_config(values, strict=strict)
     return GenerationDefaults.read(file.with_name(GENERATION)).added_to(config)

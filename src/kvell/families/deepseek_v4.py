@@ -25,7 +25,7 @@ from kvell.families.rotary import read_rotary, rotary_keys
 from kvell.layers.compressed import Compressed
 from kvell.layers.contract import RotaryPart
 from kvell.layers.experts import MixtureOfExperts
-from kvell.layers.hyper_connections import HyperConnections
+from kvell.layers.hyper_connections import MOST_ITERATIONS, MOST_LANES, HyperConnections
 from kvell.layers.rotary import DefaultRotary, YarnRotary
 from kvell.layers.routers import HashRouter
 
@@ -170,8 +170,8 @@ def read_config(values: Mapping[str, Any]) -> ModelConfig:
             "norm_eps": text.number("rms_norm_eps", 1e-6),
             "connection": {
                 "kind": "hyper",
-                "streams": text.integer("hc_mult", 4),
-                "iterations": text.integer("hc_sinkhorn_iters", 20),
+                "streams": text.integer("hc_mult", 4, most=MOST_LANES),
+                "iterations": text.integer("hc_sinkhorn_iters", 20, most=MOST_ITERATIONS),
                 "eps": text.number("hc_eps", 1e-6),
             },
             "tied_head": text.flag("tie_word_embeddings", False),

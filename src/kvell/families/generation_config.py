@@ -78,7 +78,7 @@ class GenerationDefaults:
     @classmethod
     def read(cls, file: Path) -> "GenerationDefaults":
         """Those of a file, which need not be there."""
-        if not file.is_file():
+        if not file.exists():
             return cls()
         values = _Values(file, read_json(file))
         known = {

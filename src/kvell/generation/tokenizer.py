@@ -94,7 +94,10 @@ def _bos_token_id(directory: str | Path, backend: tokenizers.Tokenizer) -> int |
         return None
     content = named_token(settings, "bos_token")
     token_id = None if content is None else backend.token_to_id(content)
+    file = Path(directory) / SETTINGS
+    if content is None:
+        named = settings.get("bos_token")
+        raise CheckpointError(f"{file}: add_bos_token is set, and bos_token is {named!r:.80}, wanted is a text")
     if token_id is None:
-        file = Path(directory) / SETTINGS
         raise CheckpointError(f"{file} asks for a bos_token, but {content!r} is not in the vocabulary")
     return token_id

@@ -43,7 +43,7 @@ def read_backend(folder: str | Path) -> tokenizers.Tokenizer:
 def read_settings(folder: str | Path) -> dict[str, Any]:
     """What tokenizer_config.json says; nothing where there is none. CheckpointError for a damaged one."""
     file = Path(folder) / SETTINGS
-    return read_json(file) if file.is_file() else {}
+    return read_json(file) if file.exists() else {}
 
 
 def named_token(settings: Mapping[str, Any], name: str) -> str | None:

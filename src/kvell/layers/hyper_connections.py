@@ -18,11 +18,11 @@ What people get wrong: the direction of `mix` (it is not symmetric, the sum is o
 columns and rows.
 """
 
-from typing import ClassVar, Literal, NamedTuple
+from typing import Annotated, ClassVar, Literal, NamedTuple
 
 import torch
 from jaxtyping import Float
-from pydantic import PositiveFloat, PositiveInt
+from pydantic import Field, PositiveFloat
 from torch import Tensor, nn
 
 from kvell.kernels.autocast import outside_autocast
@@ -32,13 +32,16 @@ from kvell.layers.cost import WeightRole, Work, per_token
 from kvell.layers.part import Site
 from kvell.layers.precision import KeepsFp32
 
+# Bounds far beyond what is (4 and 20): no tensor bears out how often is iterated, and lanes count squared.
+MOST_LANES, MOST_ITERATIONS = 64, 1000
+
 
 class HyperConnections(ConnectionPart):
     """`streams` residual streams; `iterations` of Sinkhorn, the softmax being the first half of the first."""
 
     kind: Literal["hyper"] = "hyper"
-    streams: PositiveInt = 4
-    iterations: PositiveInt = 20
+    streams: Annotated[int, Field(gt=0, le=MOST_LANES)] = 4
+    iterations: Annotated[int, Field(gt=0, le=MOST_ITERATIONS)] = 20
     eps: PositiveFloat = 1e-6
     constrained: bool = True
 

@@ -11,10 +11,9 @@ from typing import get_args
 
 from kvell.cache import streams_nbytes
 from kvell.config import LayerConfig, ModelConfig
-from kvell.errors import InputError
 from kvell.layers.cost import Technique
 from kvell.layers.grouped_query import GroupedQuery
-from kvell.plan_changes import CHANGES, GQA_HEADS, GQA_WIDTH
+from kvell.plan_changes import CHANGES, GQA_HEADS, GQA_WIDTH, check_changes
 from kvell.planning.flops import decode_flops
 from kvell.planning.formats import StorageFormat
 
@@ -63,8 +62,7 @@ def without(config: ModelConfig, techniques: Collection[Technique]) -> ModelConf
 
 def changed_config(config: ModelConfig, change: str) -> ModelConfig:
     """The config after a change by name. InputError, with the known ones, for another."""
-    if change not in CHANGES:
-        raise InputError(f"what-if {change} is unknown: use one of {', '.join(CHANGES)}")
+    check_changes([change])
     if CHANGES[change].techniques:
         return without(config, CHANGES[change].techniques)
     layers = []

@@ -16,7 +16,7 @@ import os
 import shutil
 import warnings
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
@@ -156,11 +156,12 @@ class Run:
     def load(self, path: Path, model: Decoder, optimizers: list[Optimizer]) -> Progress:
         """Puts model and optimizers where a checkpoint left them. CheckpointError for one that is damaged."""
         try:
-            progress = TypeAdapter(Progress).validate_json((path / PROGRESS).read_bytes())
+            values = read_json(path / PROGRESS)
+            if missing := [one.name for one in fields(Progress) if one.name not in values]:
+                raise CheckpointError(f"{path / PROGRESS} is damaged: {missing[0]} is missing")
+            progress = TypeAdapter(Progress).validate_python(values)
         except ValidationError as error:
             raise CheckpointError(f"{path / PROGRESS} is damaged: {error.errors()[0]['msg']}") from None
-        except OSError as error:
-            raise CheckpointError(f"{path / PROGRESS} cannot be read: {error}") from None
         load_state(path, model, optimizers)
         self._forget_metrics_after(progress.step)
         return progress
