@@ -21,7 +21,7 @@ from torch import Tensor
 
 from kvell import Cache, Decoder, kernels
 from kvell.errors import InputError
-from kvell.kernels import choice
+from kvell.kernels import choice, table
 from kvell.kernels.attention import attention
 from kvell.kernels.compressed import compressed_attention, pick
 from kvell.kernels.compressor import pooled_entries
@@ -482,7 +482,7 @@ def test_a_version_that_cannot_run_is_refused_in_words(monkeypatch: pytest.Monke
     with pytest.raises(InputError, match="triton, which is not installed"), kernels.use("triton"):
         pass
     monkeypatch.setattr(choice, "triton_installed", lambda: True)
-    monkeypatch.setattr(choice, "_interpreted", lambda: False)
+    monkeypatch.setattr(table, "interpreted", lambda: False)
     with kernels.use("triton"):
         with pytest.raises(InputError, match=r'needs a CUDA device, not "cpu".*TRITON_INTERPRET=1'):
             run(query)
