@@ -5,7 +5,7 @@ it reads, which feed-forward, where the norms stand.
 """
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal, NamedTuple, Self, get_args, get_origin
 
@@ -227,7 +227,7 @@ def problems(
 
 
 def _in_words(problem: Any, values: Any, part: type[Part]) -> Problem:
-    path = ".".join(map(str, problem["loc"]))  # the last step may be a field that is missing
+    path = ".".join(_steps(problem["loc"], values))
     message = problem["msg"].removeprefix("Value error, ")
     if problem["type"] == "union_tag_not_found":
         message = "kind is missing"
@@ -245,16 +245,20 @@ def _in_words(problem: Any, values: Any, part: type[Part]) -> Problem:
 
 def _part_at(part: type[Part], values: Any, location: Sequence[int | str]) -> type[Part]:
     """The kind of part that stands at a place of a tree of values whose root is a `part`."""
+    annotation: Any = None
+    metadata: Sequence[Any] = ()
     for step in location:
+        if isinstance(values, Mapping):
+            if step not in values:
+                continue  # which kind of a union it is, as pydantic adds
+            annotation, metadata = part.model_fields[str(step)].annotation, part.model_fields[str(step)].metadata
         values = values[step]
-        if isinstance(step, str):
-            field = part.model_fields[step]
-            part = _declared(field.annotation, field.metadata, values) or part
+        part = _declared(annotation, metadata, values) or part
     return part
 
 
 def _declared(annotation: Any, metadata: Sequence[Any], values: Any) -> type[Part] | None:
-    """The part that an annotation means for these values, by itself or inside a list or an option."""
+    """The part that an annotation means for these values, by itself or inside a list, an option or a union."""
     for mark in metadata:
         if isinstance(mark, Registry):
             return mark.part_of(values)
@@ -263,4 +267,21 @@ def _declared(annotation: Any, metadata: Sequence[Any], values: Any) -> type[Par
         return _declared(annotation, metadata, values)
     if isinstance(annotation, type) and issubclass(annotation, Part):
         return annotation
-    return next((part for inner in get_args(annotation) if (part := _declared(inner, (), values))), None)
+    found = [part for inner in get_args(annotation) if (part := _declared(inner, (), values))]
+    kind = values.get("kind") if isinstance(values, Mapping) else None
+    named = [part for part in found if "kind" in part.model_fields and part.model_fields["kind"].default == kind]
+    return next(iter([*named, *found]), None)
+
+
+def _steps(location: tuple[int | str, ...], values: Any) -> Iterator[str]:
+    """The steps of a path, without those that pydantic adds: which kind of a union it is. The last step may be a
+    field that is missing."""
+    for number, step in enumerate(location, start=1):
+        if isinstance(values, Mapping):
+            if step in values or (number == len(location) and step != values.get("kind")):
+                yield str(step)
+            if step in values:
+                values = values[step]
+        elif isinstance(values, Sequence) and isinstance(step, int):
+            yield str(step)
+            values = values[step]
