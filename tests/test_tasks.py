@@ -4,7 +4,6 @@ import contextlib
 import random
 import re
 from collections.abc import Callable
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -14,7 +13,7 @@ from hypothesis import strategies as st
 from pydantic import TypeAdapter, ValidationError
 from torch import Tensor
 
-from kvell import ConfigError, InputError, Tokenizer
+from kvell import Cache, ConfigError, InputError, Tokenizer
 from kvell.bundled import bundled_model_path
 from kvell.training.tasks import (
     NAMES,
@@ -319,15 +318,17 @@ class Scripted:
     """A model that is right about every token but those in `wrong`, by the text's first token; it checks that it is
     told of no token twice, in order, and of none at or behind the last answer."""
 
-    device, dtype = torch.device("cpu"), torch.float32
-    config = SimpleNamespace(streams=dict)
+    device = torch.device("cpu")
 
     def __init__(self, examples: list[Example], wrong: dict[int, set[int]]) -> None:
         self.truth = {example.tokens[0]: example.tokens for example in examples}
         self.wrong = wrong
         self.calls: list[tuple[int, int]] = []
 
-    def __call__(self, tokens: Tensor, cache: Any, last_only: bool = False) -> Tensor:
+    def make_cache(self, max_length: int) -> Cache:
+        return Cache({}, max_length=max_length)
+
+    def __call__(self, tokens: Tensor, cache: Cache, last_only: bool = False) -> Tensor:
         assert not torch.is_grad_enabled()
         if cache.lengths == [0]:
             self.first = int(tokens[0, 0])
