@@ -220,7 +220,7 @@ class Compressed(AttentionPart):
         return unlike(self, source, fields)
 
     def rounded_as_released(self) -> "Compressed":
-        return type(self)(**self.model_dump() | {"released_rounding": True})
+        return self.model_copy(update={"released_rounding": True})
 
     @property
     def has_own_loss(self) -> bool:
