@@ -11,6 +11,7 @@ import argparse
 import random
 import sys
 import time
+import warnings
 from pathlib import Path
 
 import torch
@@ -58,6 +59,8 @@ def main() -> None:
     print(f"  ...{tokenizer.decode(asked[found - 40 : found + 30])}...".replace("\n", "\n  "))
     print(f"\n  {case.distances[0]:,} tokens later:{tokenizer.decode(asked[-16:])}".replace("\n", "\n  "), end="")
 
+    # As in the model's training: a case has a BOS of its own before that of the document that its text begins with.
+    warnings.filterwarnings("ignore", message="the prompt begins with BOS")
     cache = model.make_cache(max_length=options.length)
     started = time.perf_counter()
     answer = ""
