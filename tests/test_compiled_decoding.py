@@ -273,12 +273,12 @@ def test_what_cannot_be_compiled_is_refused_in_words(tmp_path: Path, monkeypatch
 
 
 def test_threads_that_decode_with_one_model_take_turns(folder: Path) -> None:
-    """While a step calls back what asks the cache, another thread may run; its own step begins when that one is
+    """While a step calls back an operation on the cache, another thread may run; its own step begins when that one is
     over."""
     model = random_model(model_like("deepseek_v4"))
     compiled = copy.deepcopy(model).compile_decoding(folder=folder)
     step = compiled._compiled[1]
-    run, part = step.run, step.left_out.parts[0]
+    run, operation = step.run, step.left_out.called_back[0]
     inside, most = 0, 0
     second = threading.Event()
 
@@ -295,9 +295,9 @@ def test_threads_that_decode_with_one_model_take_turns(folder: Path) -> None:
 
     def waiting(*given: Any) -> Tensor:
         second.wait(0.05)
-        return part(*given)
+        return operation(*given)
 
-    step.run, step.left_out.parts[0] = noted, waiting
+    step.run, step.left_out.called_back[0] = noted, waiting
 
     @torch.no_grad()
     def decode(tokens: Tensor) -> Tensor:
