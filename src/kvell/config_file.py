@@ -196,11 +196,13 @@ def merged(base: Mapping[str, Any], changes: Mapping[str, Any]) -> Values:
 def _absolute(layer: Values, index: int, path: str) -> Values:
     """The layer with sources that count back made absolute."""
 
+    fields = source_fields()
+
     def counted(part: Any, inner: str) -> Any:
         if not isinstance(part, Mapping):
             return part
         result = {key: counted(value, f"{inner}.{key}") for key, value in part.items()}
-        for field in source_fields():
+        for field in fields:
             source = result.get(field)
             if isinstance(source, int) and not isinstance(source, bool) and source < 0:
                 if index + source < 0:
